@@ -1,0 +1,1 @@
+"""How each back end spells the vocabulary of `step35_trt.ops`."""

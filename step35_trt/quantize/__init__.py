@@ -1,0 +1,1 @@
+"""Recipes applied to weights."""

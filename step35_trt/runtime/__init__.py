@@ -1,0 +1,1 @@
+"""Running a bundle: sessions, sampling, drafting, text, chat and batches."""
