@@ -1,0 +1,359 @@
+"""From a checkpoint and an engine spec to a bundle, in steps that a journal remembers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from step35_trt import bundle
+from step35_trt.bundle import MANIFEST, PROGRAM, SCHEMA, TOKENIZER, FileRecord, Manifest
+from step35_trt.checkpoint import Checkpoint
+from step35_trt.dialects.onnx import GraphWriter, Spelling, decoder_graph, mtp_graph
+from step35_trt.dialects.onnx_ort import OrtSpelling
+from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UsageError
+from step35_trt.program import Program, Segment
+from step35_trt.quantize.recipe import Recipe
+from step35_trt.weight_store import WeightStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.config import Step35Config
+    from step35_trt.engine import EngineSpec
+
+JOURNAL = "journal.jsonl"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# Called with the bytes written, the bytes in all and what is being written.
+Progress = Callable[[int, int, str], None]
+
+
+def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | None = None) -> bool:
+    """Build a bundle; an interrupted build goes on where it stopped.
+
+    Returns:
+        False where the very same bundle was there already.
+
+    Raises:
+        Step35Error: one of its kinds; what was finished stays for the next run.
+    """
+    source = Checkpoint.open(checkpoint)
+    recipe = Recipe.load(spec.recipe)
+    check_modules_differ(source)
+    plan = _Plan.make(source, recipe, spec)
+    if _is_there(out, plan):
+        return False
+    with _staged(out, plan) as (stage, journal):
+        total = plan.nbytes
+        done = 0
+        for step in plan.steps:
+            if not journal.finished(step.file):
+                for written in step.write(stage / step.file):
+                    done += written
+                    if progress:
+                        progress(done, total, step.file)
+                journal.finish(step.file)
+            else:
+                done += step.nbytes
+            if progress:
+                progress(done, total, step.file)
+        plan.write_manifest(stage, journal)
+    return True
+
+
+def export_onnx(checkpoint: Path, out: Path, spelling: Spelling, recipe: Recipe) -> list[str]:
+    """Write the graphs and their weights into a directory, without a bundle's manifest; returns file names.
+
+    Raises:
+        UsageError: the directory is there already.
+    """
+    source = Checkpoint.open(checkpoint)
+    store = WeightStore(source, recipe)
+    graphs = _graphs(source.config, store, spelling)
+    if out.exists():
+        raise UsageError(f"{out} exists already", "Name another directory.")
+    stage = bundle.staging(out)
+    shutil.rmtree(stage, ignore_errors=True)
+    with _plain_os_errors(stage):
+        (stage / bundle.WEIGHTS).mkdir(parents=True)
+        for name, file in store.files.items():
+            with (stage / name).open("wb") as stream:
+                for _ in file.write(stream):
+                    pass
+        for name, graph in graphs.items():
+            ir.save(graph.model(name.removesuffix(".onnx")), stage / name)
+        stage.rename(out)
+    return [*graphs, *store.files]
+
+
+def check_modules_differ(source: Checkpoint) -> None:
+    """MTP modules are three networks; a copy in the place of another is a broken checkpoint.
+
+    Raises:
+        CorruptInputError: two modules share a matrix.
+    """
+    layers = source.config.mtp_layers
+    for i, first in enumerate(layers):
+        for second in layers[i + 1 :]:
+            for name in (n for n in source.tensors if n.startswith(f"{first.prefix}.")):
+                other = second.prefix + name[len(first.prefix) :]
+                if len(source.tensors[name].shape) == 2 and _same(source.stored(name), source.stored(other)):
+                    raise CorruptInputError(
+                        f"MTP modules share a weight: {name} equals {other}",
+                        "Each module is trained on its own; take a checkpoint with three different ones.",
+                    )
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    # Different weights differ in the first rows: nothing more is read.
+    return all(np.array_equal(a[i : i + 64], b[i : i + 64]) for i in range(0, len(a), 64))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One file of the bundle: its size and how it is written, piece by piece."""
+
+    file: str
+    nbytes: int
+    write: Callable[[Path], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Every file of a bundle, before the first byte is written."""
+
+    source: Checkpoint
+    recipe: Recipe
+    spec: EngineSpec
+    steps: tuple[_Step, ...]
+    key: str
+
+    @classmethod
+    def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> _Plan:
+        store = WeightStore(source, recipe)
+        graphs = _graphs(source.config, store, OrtSpelling(recipe.activations == "int8"))
+        program = _program(source.config, graphs)
+        steps = [_weights_step(store, name) for name in store.files]
+        steps += [_graph_step(name, graph) for name, graph in graphs.items()]
+        steps.append(_bytes_step(PROGRAM, program.model_dump_json(indent=1).encode()))
+        for name in TOKENIZER_FILES:
+            if (source.directory / name).is_file():
+                steps.append(_bytes_step(f"{TOKENIZER}/{name}", (source.directory / name).read_bytes()))
+        return cls(source, recipe, spec, tuple(steps), _key(source, recipe, spec))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+    def write_manifest(self, stage: Path, journal: _Journal) -> None:
+        config = self.source.config
+        limit = config.max_position_embeddings
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            key=self.key,
+            versions=bundle.versions(),
+            engine=self.spec,
+            recipe=self.recipe,
+            max_tokens=min(self.spec.max_tokens or limit, limit),
+            notes=_notes(config),
+            files={step.file: journal.records[step.file] for step in self.steps},
+            model=json.loads((self.source.directory / "config.json").read_text(encoding="utf-8")),
+        )
+        path = stage / MANIFEST
+        path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        bundle.sync(path)
+
+
+def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dict[str, GraphWriter]:
+    graphs = {"decoder.onnx": decoder_graph(config, store, spelling)}
+    for module in range(config.num_nextn_predict_layers):
+        graphs[f"mtp-{module}.onnx"] = mtp_graph(config, store, spelling, module)
+    return graphs
+
+
+def _program(config: Step35Config, graphs: dict[str, GraphWriter]) -> Program:
+    segments = [
+        Segment(
+            file=name,
+            caches=tuple(graph.caches),
+            dense_bytes=graph.bytes_read("all"),
+            expert_bytes=graph.bytes_read("experts") // config.moe_num_experts,
+            top_k=config.moe_top_k,
+        )
+        for name, graph in graphs.items()
+    ]
+    return Program(decoder=(segments[0],), mtp=tuple((segment,) for segment in segments[1:]))
+
+
+def _notes(config: Step35Config) -> tuple[str, ...]:
+    clamped = [layer.index for layer in config.layers if layer.moe and layer.routed_limit]
+    if not clamped:
+        return ()
+    names = ", ".join(map(str, clamped))
+    return (
+        f"layers {names}: the experts' clamp after SiLU is computed as an equal clamp before it, with the up "
+        "rows stretched and the down rows shrunk by the same factor (specification 2.7)",
+    )
+
+
+def _weights_step(store: WeightStore, name: str) -> _Step:
+    file = store.files[name]
+
+    def write(path: Path) -> Iterator[int]:
+        with path.open("wb") as stream:
+            yield from file.write(stream)
+
+    return _Step(name, file.size, write)
+
+
+def _graph_step(name: str, graph: GraphWriter) -> _Step:
+    def write(path: Path) -> Iterator[int]:
+        ir.save(graph.model(name.removesuffix(".onnx")), path)
+        yield path.stat().st_size
+
+    return _Step(name, 0, write)
+
+
+def _bytes_step(name: str, content: bytes) -> _Step:
+    def write(path: Path) -> Iterator[int]:
+        path.write_bytes(content)
+        yield len(content)
+
+    return _Step(name, len(content), write)
+
+
+def _key(source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> str:
+    """What the result depends on, without reading the weights: an interrupted build resumes only its own."""
+    tensors = {n: [t.file.name, t.offset, t.dtype, t.shape] for n, t in sorted(source.tensors.items())}
+    files = sorted({t.file for t in source.tensors.values()})
+    parts = [
+        bundle.versions(),
+        recipe.model_dump(mode="json"),
+        spec.model_dump(mode="json"),
+        (source.directory / "config.json").read_text(encoding="utf-8"),
+        tensors,
+        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _is_there(out: Path, plan: _Plan) -> bool:
+    if not out.exists():
+        return False
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    try:
+        if bundle.Bundle.open(out).manifest.key == plan.key:
+            return True
+    except Step35Error:
+        pass
+    raise UsageError(
+        f"{out} exists and is not this build's result", "Remove it, or name another directory with -o."
+    )
+
+
+@dataclass
+class _Journal:
+    """Which files are finished, one JSON line each; lines survive the process, a torn last one is dropped."""
+
+    path: Path
+    records: dict[str, FileRecord] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, stage: Path, key: str) -> _Journal:
+        journal = cls(stage / JOURNAL)
+        lines = journal.path.read_text(encoding="utf-8").split("\n") if journal.path.exists() else []
+        if not lines or lines[0] != key:
+            for old in stage.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            journal.path.write_text(f"{key}\n", encoding="utf-8")
+            lines = [key]
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+                record = FileRecord.model_validate(entry["record"])
+                if (stage / entry["file"]).stat().st_size == record.size:
+                    journal.records[entry["file"]] = record
+            except (ValueError, KeyError, TypeError, OSError):
+                continue
+        return journal
+
+    def finished(self, file: str) -> bool:
+        return file in self.records
+
+    def finish(self, file: str) -> None:
+        path = self.path.parent / file
+        bundle.sync(path)
+        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path))
+        self.records[file] = record
+        with self.path.open("a", encoding="utf-8") as stream:
+            # The newline comes first: a line torn by a crash cannot swallow this one.
+            stream.write("\n" + json.dumps({"file": file, "record": record.model_dump()}))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+@contextmanager
+def _staged(out: Path, plan: _Plan) -> Iterator[tuple[Path, _Journal]]:
+    """The staging directory, locked; it takes the bundle's name when all went well."""
+    stage = bundle.staging(out)
+    with _plain_os_errors(stage):
+        stage.mkdir(parents=True, exist_ok=True)
+        handle = os.open(stage, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another build is writing {stage}") from None
+            journal = _Journal.open(stage, plan.key)
+            for folder in (bundle.WEIGHTS, TOKENIZER):
+                (stage / folder).mkdir(exist_ok=True)
+            _check_room(stage, plan, journal)
+            yield stage, journal
+            journal.path.unlink()
+            bundle.sync(stage)
+            if out.is_dir():
+                out.rmdir()  # an empty directory, made for us
+            stage.rename(out)
+            bundle.sync(out.parent)
+        finally:
+            os.close(handle)
+
+
+def _check_room(stage: Path, plan: _Plan, journal: _Journal) -> None:
+    needed = sum(step.nbytes for step in plan.steps if not journal.finished(step.file))
+    free = shutil.disk_usage(stage).free
+    if needed > free:
+        raise DoesNotFitError(
+            f"the bundle needs {needed / 1e9:.1f} GB more and {stage.parent} has {free / 1e9:.1f} GB free"
+        )
+
+
+@contextmanager
+def _plain_os_errors(stage: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"no room left while writing to {stage}",
+                "What is finished is kept; make room and run the same command again.",
+            ) from None
+        raise UsageError(f"cannot write to {stage}: {error.strerror or error}") from None

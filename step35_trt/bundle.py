@@ -1,0 +1,153 @@
+"""The artefact: a directory with a manifest, checked before anything in it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from step35_trt import __version__
+from step35_trt.config import Step35Config
+from step35_trt.engine import EngineSpec
+from step35_trt.errors import CorruptInputError, UnsupportedError, UsageError
+from step35_trt.program import Program
+from step35_trt.quantize.recipe import Recipe
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PROGRAM = "program.json"
+TOKENIZER = "tokenizer"
+WEIGHTS = "weights"
+
+
+class FileRecord(BaseModel):
+    """Size in bytes and BLAKE2b-256 of a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: int
+    blake2b: str
+
+
+class Manifest(BaseModel):
+    """`manifest.json`.
+
+    `versions` are those the bundle depends on; `notes` say where it computes something other than the
+    checkpoint's arithmetic. `model` is the checkpoint's `config.json` as it was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    schema_version: int
+    key: str
+    versions: dict[str, str]
+    engine: EngineSpec
+    recipe: Recipe
+    max_tokens: int
+    notes: tuple[str, ...]
+    files: dict[str, FileRecord]
+    model: dict[str, Any]
+
+
+class Bundle(BaseModel):
+    """An opened bundle: what it says of itself, with its files seen to be there."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    directory: Path
+    manifest: Manifest
+    program: Program
+    config: Step35Config
+
+    @classmethod
+    def open(cls, directory: Path) -> Bundle:
+        """Read and check a bundle: small files whole, weights by their size.
+
+        Raises:
+            UsageError: there is no bundle.
+            UnsupportedError: it needs another version of this program or of a runtime.
+            CorruptInputError: a file is missing, changed or of another size.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            hint = "Make one with: step35-trt build-engine CHECKPOINT -o BUNDLE --engine NAME"
+            partial = staging(directory).is_dir()
+            raise UsageError(
+                f"{directory} is not a finished bundle" + (": its build was interrupted" if partial else ""),
+                "Run the same build-engine command again; it resumes." if partial else hint,
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(raw, dict) and raw.get("schema_version") != SCHEMA:
+                raise UnsupportedError(
+                    f"{directory} has bundle schema {raw.get('schema_version')}, this program reads {SCHEMA}",
+                    "Build the bundle again with this version.",
+                )
+            manifest = Manifest.model_validate(raw)
+        except (ValueError, RecursionError, ValidationError) as error:
+            raise CorruptInputError(f"{path} is damaged: {str(error).splitlines()[0]}", REBUILD) from None
+        _check_versions(manifest)
+        _check_files(directory, manifest)
+        program = Program.model_validate_json((directory / PROGRAM).read_bytes())
+        return cls(
+            directory=directory,
+            manifest=manifest,
+            program=program,
+            config=Step35Config.parse(manifest.model),
+        )
+
+
+REBUILD = "Build the bundle again with build-engine."
+
+
+def staging(directory: Path) -> Path:
+    """Where a bundle lies while it is being written."""
+    return directory.with_name(directory.name + ".partial")
+
+
+def versions() -> dict[str, str]:
+    """The versions a CPU bundle depends on, without importing them."""
+    from importlib.metadata import version
+
+    return {"step35-trt": __version__, "onnxruntime": version("onnxruntime")}
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_versions(manifest: Manifest) -> None:
+    have = versions()
+    for name, wanted in manifest.versions.items():
+        if name != "step35-trt" and have.get(name) != wanted:
+            raise UnsupportedError(
+                f"the bundle was built for {name} {wanted}, this machine has {have.get(name, 'none')}",
+                f"pip install {name}=={wanted}, or build the bundle again.",
+            )
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise CorruptInputError(f"the manifest names a file outside the bundle: {name}")
+        if not path.is_file():
+            raise CorruptInputError(f"{name} is missing from {directory}", REBUILD)
+        if path.stat().st_size != record.size:
+            raise CorruptInputError(
+                f"{name} has {path.stat().st_size} bytes instead of {record.size}", REBUILD
+            )
+        if not name.startswith(f"{WEIGHTS}/") and digest(path) != record.blake2b:
+            raise CorruptInputError(f"{name} has changed since the bundle was built", REBUILD)

@@ -1,0 +1,162 @@
+"""Train nano: `python -m step35_trt.nano.train OUTPUT_DIRECTORY` (two cores, under half an hour).
+
+Writes `config.json`, `model.safetensors`, `tokenizer.json` and `tokenizer_config.json`. The same machine and
+the same versions of Python and torch give the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from step35_trt.config import Step35Config
+from step35_trt.nano import corpus, vocabulary
+from step35_trt.nano.evaluate import predict, summarise
+from step35_trt.nano.geometry import MODULES, raw_config
+from step35_trt.nano.parameters import Optimiser, Parameters, balance
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+SEED = 35
+STEPS_TOGETHER = 900  # decoder and MTP modules learn the text
+STEPS_ALONE = 250  # the modules learn what the decoder says of the text
+SHORT = (8, 256)  # sequences, tokens: four windows
+LONG = (1, 2048)  # the whole context
+LONG_EVERY = 16
+WARM_UP, FALL = 30, 0.5  # steps; share of the steps over which the rates fall to zero
+ALONE_RATE = 0.5
+DRAFT_SHARE = 0.2  # of each module's loss, while decoder and modules learn together
+BALANCE_RATE = 0.002
+REPORT_EVERY, SAVE_EVERY = 25, 100
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train nano.")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    arguments = parser.parse_args()
+    train(arguments.output, arguments.scale)
+
+
+def train(output: Path, scale: float = 1.0) -> None:
+    """Train from nothing and write the four files; prints a summary over held-out text."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a tenth of the time
+    begun = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = vocabulary.train(document.text for document in corpus.training_documents())
+    vocabulary.save(tokenizer, output)
+    ends = (vocabulary.END, vocabulary.PAD, vocabulary.TURN_END)
+    raw = raw_config([vocabulary.identity(tokenizer, token) for token in ends])
+    (output / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    config = Step35Config.parse(raw)
+
+    parameters = Parameters.start(config, torch.Generator().manual_seed(SEED))
+    stream = training_tokens(tokenizer)
+    short, long = (Batches(stream, *shape) for shape in (SHORT, LONG))
+    optimiser, was_alone = Optimiser(parameters.values), False
+    for number, (alone, rate) in enumerate(plan(scale), 1):
+        if alone and not was_alone:
+            parameters.round()  # the modules learn from the decoder that is shipped
+            prefixes = tuple(f"{layer.prefix}." for layer in config.mtp_layers)
+            optimiser = Optimiser({n: v for n, v in parameters.values.items() if n.startswith(prefixes)})
+            was_alone = True
+        tokens = (short if number % LONG_EVERY else long).take()
+        loss = (draft_loss if alone else joint_loss)(parameters, config, tokens, rate)
+        torch.autograd.backward(loss)
+        optimiser.step(rate)
+        parameters.end_step()
+        if number % REPORT_EVERY == 0:
+            print(f"{number:5} {loss.item():7.4f} {time.monotonic() - begun:7.1f} s", flush=True)
+        if number % SAVE_EVERY == 0:
+            parameters.save(output / "model.safetensors")
+    parameters.round()
+    parameters.save(output / "model.safetensors")
+    held_out = corpus.held_out_text()
+    ids = torch.tensor(tokenizer.encode(held_out).ids)
+    summary = summarise(parameters, config, ids)
+    figures = asdict(summary) | {
+        "perplexity": summary.perplexity,
+        "bits_per_byte": summary.loss / math.log(2) * len(ids) / len(held_out.encode()),
+        "parameters": sum(value.numel() for value in parameters.values.values()),
+        "bytes": (output / "model.safetensors").stat().st_size,
+        "seconds": round(time.monotonic() - begun),
+    }
+    print(json.dumps(figures, indent=1))
+
+
+def plan(scale: float = 1.0) -> list[tuple[bool, float]]:
+    """For each step, whether the modules learn alone and the share of the peak rates."""
+    together, alone = max(1, round(STEPS_TOGETHER * scale)), max(1, round(STEPS_ALONE * scale))
+    joint = [min(1.0, (i + 1) / WARM_UP, (together - i) / together / FALL) for i in range(together)]
+    last = [ALONE_RATE * (alone - i) / alone for i in range(alone)]
+    return [(False, rate) for rate in joint] + [(True, rate) for rate in last]
+
+
+def joint_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, rate: float) -> Tensor:
+    """Decoder and modules against the text; also moves the router biases."""
+    said = predict(parameters, config, tokens, MODULES)
+    balance(parameters, said.loads, BALANCE_RATE * rate)
+    loss = _cross_entropy(said.main[:, :-1], tokens[:, 1:])
+    for k, draft in enumerate(said.drafts):
+        loss = loss + DRAFT_SHARE * _cross_entropy(draft[:, :-1], tokens[:, 2 + k :])
+    return loss
+
+
+def draft_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, _rate: float) -> Tensor:
+    """The modules against what the decoder would choose, which is what decides over a draft."""
+    said = predict(parameters, config, tokens, MODULES, frozen_decoder=True)
+    own = said.main.argmax(-1)
+    return torch.stack([_cross_entropy(d, own[:, 1 + k :]) for k, d in enumerate(said.drafts)]).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def training_tokens(tokenizer: Tokenizer) -> Tensor:
+    """Documents and conversations, each between its begin and end token, in a fixed random order."""
+    texts = [f"{document.text}{vocabulary.END}" for document in corpus.training_documents()]
+    texts += corpus.conversations()
+    random.Random(SEED).shuffle(texts)
+    begin = vocabulary.identity(tokenizer, vocabulary.BEGIN)
+    encoded = tokenizer.encode_batch(texts)
+    return torch.tensor([token for text in encoded for token in (begin, *text.ids)])
+
+
+@dataclass
+class Batches:
+    """`count` pieces of `length` tokens at a time, in random order, each once before any comes again."""
+
+    stream: Tensor
+    count: int
+    length: int
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
+    _starts: list[int] = field(default_factory=list)
+
+    def take(self) -> Tensor:
+        """`[count, length]` token ids."""
+        if len(self._starts) < self.count:
+            shift = int(torch.randint(self.length, (1,), generator=self._generator))
+            pieces = torch.randperm((len(self.stream) - shift) // self.length, generator=self._generator)
+            self._starts = (pieces * self.length + shift).tolist()
+        starts, self._starts = self._starts[: self.count], self._starts[self.count :]
+        return torch.stack([self.stream[start : start + self.length] for start in starts])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""How many tokens to draft: from what drafts turn out to be worth and what a round is measured to cost.
+
+With a_k the probability that head k's draft is right when those before it were, a round that drafts K
+tokens yields 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens on average (the 1 is the decoder's own) and takes
+c_K seconds. The best K maximises the quotient. Both are estimated while running:
+
+* a_k = (hits + prior) / (tests + 1), where hits and tests fade by a constant factor every round, tested or
+  not. Old evidence thus weighs little, and a head that was given up drifts back to a hopeful prior until it
+  is worth a new test: stale acceptance needs no schedule of its own.
+* c_K is an exponential average. The first samples only lower it (a first call compiles, allocates, warms up)
+  and later ones are cut at twice the average, so one hiccup cannot change the choice for long. A depth
+  without a sample is assumed to cost what the roofline says relative to those that have one. Every few
+  rounds a depth without enough samples is tried, later and more rarely the one whose samples are oldest.
+
+The choice depends on the past only, never on the drafts it decides about, so it changes no distribution.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+PRIOR_ACCEPTANCE = 0.75
+PRIOR_STEP = (
+    0.38  # what each drafted token adds to a round, in plain steps; a memory-bound decoder at batch 1
+)
+FADE = 0.98  # of evidence, per round
+WARM_SAMPLES = 3  # of a cost, until its average takes over from its minimum
+NEW_EVERY, OLD_EVERY = (
+    4,
+    64,
+)  # rounds between trials of depths hardly measured, and of depths measured long ago
+
+
+class DepthPolicy(Protocol):
+    """Decides how many tokens each round drafts."""
+
+    def choose(self, limit: int) -> int:
+        """The next round's depth, 0 .. `limit`."""
+        ...
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        """Learn that a round of `depth` drafts took `seconds` and that the first `accepted` of them stood."""
+        ...
+
+
+class FixedDepth:
+    """Always the same depth, as far as the limit allows."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def choose(self, limit: int) -> int:
+        """See `DepthPolicy`."""
+        return min(self._depth, limit)
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        """See `DepthPolicy`; nothing to learn."""
+
+
+class DepthController:
+    """Chooses the depth that yields the most tokens per second; see the module's text for the maths.
+
+    Args:
+        modules: Number of heads, so the largest depth.
+        timed: Whether to learn costs. Without, the prior costs stay and the choices follow from acceptance
+            alone: a seeded answer must not depend on the clock.
+    """
+
+    def __init__(self, modules: int, *, timed: bool = True) -> None:
+        self._timed = timed
+        self._round = 0
+        self._hits = [0.0] * modules
+        self._tests = [0.0] * modules
+        self._costs = [_Cost() for _ in range(modules + 1)]
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Estimated probability for each head, given that the heads before it were right."""
+        return tuple(
+            (hits + PRIOR_ACCEPTANCE) / (tests + 1)
+            for hits, tests in zip(self._hits, self._tests, strict=True)
+        )
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Seconds of a round at depth 0, 1, ...; in plain steps as long as nothing was measured."""
+        prior = [1 + PRIOR_STEP * depth for depth in range(len(self._costs))]
+        ratios = [c.seconds / p for c, p in zip(self._costs, prior, strict=True) if c.samples]
+        scale = min(ratios, default=1.0)  # the least disturbed by a warm-up
+        return tuple(c.seconds if c.samples else p * scale for c, p in zip(self._costs, prior, strict=True))
+
+    def best(self, limit: int) -> int:
+        """The depth of the most tokens per second, the smallest among equals."""
+        chosen, most = 0, 0.0
+        tokens, all_right = 1.0, 1.0
+        for depth, cost in enumerate(self.costs[: limit + 1]):
+            if depth:
+                all_right *= self.acceptance[depth - 1]
+                tokens += all_right
+            if tokens / cost > most:
+                chosen, most = depth, tokens / cost
+        return chosen
+
+    def choose(self, limit: int) -> int:
+        """The best depth, or now and then one whose cost is unknown or old."""
+        costs = self._costs[: limit + 1]
+        if self._timed:
+            unknown = [depth for depth, cost in enumerate(costs) if cost.samples < WARM_SAMPLES - 1]
+            if unknown and self._round % NEW_EVERY == NEW_EVERY - 1:
+                return unknown[-1]
+            if self._round % OLD_EVERY == OLD_EVERY - 1:
+                return min(range(len(costs)), key=lambda depth: costs[depth].updated)
+        return self.best(min(limit, len(self._hits)))
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        """Take in a round: only heads whose predecessors were right were tested."""
+        self._round += 1
+        self._hits = [FADE * hits for hits in self._hits]
+        self._tests = [FADE * tests for tests in self._tests]
+        for head in range(min(depth, accepted + 1)):
+            self._tests[head] += 1
+            self._hits[head] += head < accepted
+        if self._timed:
+            self._costs[depth].update(seconds, self._round)
+
+
+class _Cost:
+    """Seconds of a round at one depth."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.samples = 0
+        self.updated = 0  # round of the latest sample
+
+    def update(self, seconds: float, now: int) -> None:
+        seconds = max(seconds, 1e-9)  # a coarse clock may stand still
+        if self.samples < WARM_SAMPLES:
+            self.seconds = min(self.seconds, seconds) if self.samples else seconds
+        else:
+            self.seconds += 0.125 * (min(seconds, 2 * self.seconds) - self.seconds)
+        self.samples += 1
+        self.updated = now
+
+
+def depth_policy(
+    draft_tokens: int | Literal["auto"], limit: int, *, repeatable: bool, given: DepthPolicy | None
+) -> DepthPolicy:
+    """What to draft by.
+
+    Args:
+        draft_tokens: A fixed depth, or 'auto'.
+        limit: The largest depth that can run.
+        repeatable: Whether the choices of 'auto' may depend on nothing but the tokens.
+        given: A policy to go on with where the choice is free.
+    """
+    if draft_tokens != "auto":
+        return FixedDepth(limit)
+    if repeatable:
+        return DepthController(limit, timed=False)
+    return given if given is not None else DepthController(limit)

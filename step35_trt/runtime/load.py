@@ -1,0 +1,82 @@
+"""From a path to a session: a bundle, or a checkpoint through the torch oracle."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from step35_trt.bundle import MANIFEST, Bundle, staging
+from step35_trt.errors import UnsupportedError, UsageError
+from step35_trt.resources import NANO
+
+if TYPE_CHECKING:
+    from step35_trt.runtime.session import Session
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """A checkpoint directory: a path, 'nano', or a repository of the Hugging Face hub (downloaded).
+
+    Raises:
+        UsageError: nothing of that name can be had.
+    """
+    if name == "nano":
+        return NANO
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"{name} is not a directory", "Give a checkpoint directory, a hub id, or 'nano'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"{name} is no directory here and could not be fetched from the hub ({reason})"
+        ) from None
+
+
+def load_bundle(directory: Path) -> Session:
+    """Open a bundle and the back end it was built for."""
+    return open_session(Bundle.open(directory))
+
+
+def open_session(bundle: Bundle) -> Session:
+    """The session of an opened bundle."""
+    from step35_trt.runtime.session_onnx import OnnxSession
+
+    manifest = bundle.manifest
+    return OnnxSession(
+        bundle.directory,
+        bundle.config,
+        bundle.program,
+        manifest.max_tokens,
+        min(manifest.engine.prefill_chunk, manifest.max_tokens),
+    )
+
+
+def load_reference(directory: Path) -> Session:
+    """The torch oracle of a checkpoint, in fp32.
+
+    Raises:
+        UnsupportedError: torch is not installed.
+    """
+    if find_spec("torch") is None:
+        raise UnsupportedError(
+            "running a checkpoint directly needs torch", "pip install 'step35-trt[reference]'"
+        )
+    from step35_trt.checkpoint import Checkpoint
+    from step35_trt.runtime.session_torch import TorchSession
+
+    return TorchSession.of(Checkpoint.open(directory))
+
+
+def load_any(name: str) -> Session:
+    """A bundle where there is a manifest, else a checkpoint."""
+    path = Path(name)
+    if (path / MANIFEST).is_file() or staging(path).is_dir():
+        return load_bundle(path)
+    return load_reference(resolve_checkpoint(name))

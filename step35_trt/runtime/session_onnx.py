@@ -1,0 +1,167 @@
+"""The ONNX Runtime session: a bundle on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from step35_trt.errors import CorruptInputError, DoesNotFitError
+from step35_trt.runtime.kv_cache import SequenceCache
+from step35_trt.runtime.session import Step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.config import Step35Config
+    from step35_trt.program import CacheSpec, Program, Segment
+    from step35_trt.runtime.session import Floats, Ids
+
+
+def inference_session(model: Path, threads: int = 0) -> ort.InferenceSession:
+    """Load a graph. Threads 0: one for each core.
+
+    Raises:
+        CorruptInputError: the runtime refuses the file.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Between two calls the sampler needs the cores; spinning workers would hold them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions have no common base
+        first_line = str(error).splitlines()[0]
+        raise CorruptInputError(f"{model.name} cannot be loaded: {first_line}") from None
+
+
+@dataclass(frozen=True)
+class OnnxSession:
+    """`Session` over a directory of graphs. A module's graph is loaded when it is first used."""
+
+    directory: Path
+    config: Step35Config
+    program: Program
+    max_tokens: int
+    prefill_chunk: int
+    _loaded: dict[str, ort.InferenceSession] = field(default_factory=dict)
+
+    def graph(self, segment: Segment) -> ort.InferenceSession:
+        """The loaded graph of a segment."""
+        if segment.file not in self._loaded:
+            self._loaded[segment.file] = inference_session(self.directory / segment.file)
+        return self._loaded[segment.file]
+
+    def open(self) -> OnnxSequence:
+        """See `Session`."""
+        return OnnxSequence(self)
+
+
+@dataclass
+class OnnxSequence:
+    """`Sequence` with one cache for each graph."""
+
+    session: OnnxSession
+    _modules: dict[int, _CachedGraph] = field(default_factory=dict)
+
+    @cached_property
+    def _decoder(self) -> _CachedGraph:
+        return self._graph(self.session.program.decoder[0])
+
+    def _module(self, module: int) -> _CachedGraph:
+        if module not in self._modules:
+            self._modules[module] = self._graph(self.session.program.mtp[module][0])
+        return self._modules[module]
+
+    def _graph(self, segment: Segment) -> _CachedGraph:
+        session = self.session
+        return _CachedGraph(session.graph(segment), segment.caches, session)
+
+    @property
+    def length(self) -> int:
+        """See `Sequence`."""
+        return self._decoder.cache.length
+
+    def decode(self, token_ids: Ids, rows: Ids) -> Step:
+        """See `Sequence`."""
+        return self._decoder.run(token_ids, None, rows)
+
+    def truncate(self, length: int) -> None:
+        """See `Sequence`."""
+        self._decoder.cache.truncate(length)
+
+    def draft_length(self, module: int) -> int:
+        """See `Sequence`."""
+        return self._modules[module].cache.length if module in self._modules else 0
+
+    def draft(self, module: int, token_ids: Ids, hidden: Floats, rows: Ids) -> Step:
+        """See `Sequence`."""
+        return self._module(module).run(token_ids, hidden, rows)
+
+    def truncate_draft(self, module: int, length: int) -> None:
+        """See `Sequence`."""
+        self._modules[module].cache.truncate(length)
+
+
+class _CachedGraph:
+    """A graph bound to one sequence's buffers; the binding outlives the calls that do not change them."""
+
+    def __init__(
+        self, graph: ort.InferenceSession, specs: tuple[CacheSpec, ...], session: OnnxSession
+    ) -> None:
+        self.graph = graph
+        self.config = session.config
+        self.cache = SequenceCache(specs, session.max_tokens, session.prefill_chunk)
+        self.binding: Any = None
+
+    def run(self, token_ids: Ids, hidden: Floats | None, rows: Ids) -> Step:
+        if self.cache.length + len(token_ids) > self.cache.max_tokens:
+            raise DoesNotFitError(f"the context limit of {self.cache.max_tokens} tokens would be passed")
+        steps, start = [], 0
+        for size in self.cache.pieces(len(token_ids)):
+            part = slice(start, start + size)
+            wanted = rows[(rows >= start) & (rows < start + size)] - start
+            steps.append(self._run_piece(token_ids[part], None if hidden is None else hidden[part], wanted))
+            start += size
+        if len(steps) == 1:
+            return steps[0]
+        return Step(np.concatenate([s.logits for s in steps]), np.concatenate([s.hidden for s in steps]))
+
+    def _run_piece(self, token_ids: Ids, hidden: Floats | None, rows: Ids) -> Step:
+        if self.cache.prepare(len(token_ids)) or self.binding is None:
+            self._bind_caches()
+        step = Step(
+            np.empty((len(rows), self.config.vocab_size), np.float32),
+            np.empty((len(token_ids), self.config.hidden_size), np.float32),
+        )
+        inputs = {"token_ids": token_ids, "rows": rows, "past_length": np.array([self.cache.length])}
+        if hidden is not None:
+            inputs["carried"] = hidden
+        held = {name: _value(array) for name, array in inputs.items()}  # the binding does not own them
+        for name, value in held.items():
+            self.binding.bind_ortvalue_input(name, value)
+        outputs = {"logits": _value(step.logits), "hidden": _value(step.hidden)}
+        for name, value in outputs.items():
+            self.binding.bind_ortvalue_output(name, value)
+        self.graph.run_with_iobinding(self.binding)
+        self.cache.advance(len(token_ids))
+        return step
+
+    def _bind_caches(self) -> None:
+        self.binding = self.graph.io_binding()
+        for layer in self.cache.layers:
+            past = layer.before or (layer.keys, layer.values)
+            for name, source, target in (
+                ("key", past[0], layer.keys),
+                ("value", past[1], layer.values),
+            ):
+                self.binding.bind_ortvalue_input(f"past_{name}.{layer.spec.layer}", _value(source))
+                self.binding.bind_ortvalue_output(f"{name}.{layer.spec.layer}", _value(target))
+
+
+def _value(array: np.ndarray) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))

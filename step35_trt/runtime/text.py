@@ -1,0 +1,296 @@
+"""Text in and out of the model: ids from text, text from ids while they arrive (specification 6)."""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json
+from tokenizers import Tokenizer, decoders
+
+from step35_trt.errors import CorruptInputError, UnsupportedError, UsageError
+from step35_trt.runtime.generate import GenerationStats, generate
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from step35_trt.runtime.generate import DraftTokens
+    from step35_trt.runtime.sampling import SamplingParams
+    from step35_trt.runtime.session import Session
+
+# The answer's grammar (specification 6): to be read even where the checkpoint declares them special.
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<function=", "</function>", "</parameter>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one character: itself if it can be seen, else one from U+0100 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A checkpoint's tokenizer and what its files say about text.
+
+    Attributes:
+        tokenizer: The byte-level BPE of `tokenizer.json`.
+        special_tokens: Texts by role (`bos_token`, `eos_token`, ...) from `tokenizer_config.json`.
+        bos_id: The id every prompt begins with; None where the files name none.
+        hidden: Ids that decode to nothing: special tokens other than the answer's markers.
+        chat_template: Source of the Jinja template; None where the checkpoint has none.
+    """
+
+    tokenizer: Tokenizer
+    special_tokens: Mapping[str, str]
+    bos_id: int | None
+    hidden: frozenset[int]
+    chat_template: str | None
+
+    @classmethod
+    def load(cls, directory: Path) -> Text:
+        """Read `tokenizer.json` and, where they are, `tokenizer_config.json` and `chat_template.jinja`.
+
+        Raises:
+            CorruptInputError: a file is missing, unreadable or contradicts another.
+            UnsupportedError: the tokenizer is not byte-level.
+        """
+        path = directory / "tokenizer.json"
+        source = _read(path)
+        if source is None:
+            raise CorruptInputError(f"{directory} has no tokenizer.json", "Copy it from the checkpoint.")
+        try:
+            tokenizer = Tokenizer.from_str(source)
+        except Exception as error:  # the library raises plain Exception
+            raise CorruptInputError(f"{path} is not a tokenizer: {error}") from None
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise UnsupportedError(f"{path} is not a byte-level tokenizer, which Step 3.5 Flash has")
+        tokenizer.no_truncation()  # training leftovers that would silently shorten a prompt
+        tokenizer.no_padding()
+        config = _tokenizer_config(directory / "tokenizer_config.json")
+        special = {
+            key: text for key, value in config.items() if key.endswith("_token") and (text := _token(value))
+        }
+        bos = special.get("bos_token") if config.get("add_bos_token") is not False else None
+        bos_id = tokenizer.token_to_id(bos) if bos else None
+        if bos and bos_id is None:
+            raise CorruptInputError(
+                f"tokenizer_config.json names the bos_token {bos!r}, which {path} does not hold"
+            )
+        added = tokenizer.get_added_tokens_decoder()
+        return cls(
+            tokenizer=tokenizer,
+            special_tokens=special,
+            bos_id=bos_id,
+            hidden=frozenset(
+                i for i, token in added.items() if token.special and token.content not in MARKERS
+            ),
+            chat_template=_read(directory / "chat_template.jinja") or _template(config.get("chat_template")),
+        )
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of `prompt`, beginning with the bos id exactly once whether or not the text has it.
+
+        Raises:
+            UsageError: the text holds half a surrogate pair.
+        """
+        try:
+            ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):
+            raise UsageError("the prompt holds half a surrogate pair, which is no text") from None
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def detokenizer(self) -> Detokenizer:
+        """Start decoding one answer."""
+        return Detokenizer(self)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one id stands for, perhaps a part of a character; none for a hidden id."""
+        if token_id in self.hidden or (token := self.tokenizer.id_to_token(token_id)) is None:
+            return b""
+        try:
+            return bytes(_BYTES[char] for char in token)
+        except KeyError:  # an added token, which is kept as plain text
+            return token.encode()
+
+
+class Detokenizer:
+    """Decodes ids as they arrive; what it has returned never changes.
+
+    The pieces and `finish` joined are `Text.decode` of all ids: a character is held until its last byte.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that `token_id` completes."""
+        return self._utf8.decode(self._text.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left of a character that was never completed: U+FFFD or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def undecided(text: str, marks: Iterable[str]) -> int:
+    """Where the end of `text` begins that may yet grow into one of `marks`; its length if nowhere."""
+    starts = []
+    for mark in marks:
+        tails = range(max(0, len(text) - len(mark) + 1), len(text))
+        starts.append(next((at for at in tails if mark.startswith(text[at:])), len(text)))
+    return min(starts, default=len(text))
+
+
+class StopStrings:
+    """Ends a text before the stop string that begins earliest in it.
+
+    Text that may be the beginning of a stop string is held back, so neither a stop string nor a part of one
+    is ever returned, however the text is cut into pieces.
+
+    Raises:
+        UsageError: a stop string is empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise UsageError("a stop string is empty")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Take the next piece; returns what can no longer be part of a stop string."""
+        return self._take(text, last=False)
+
+    def finish(self) -> str:
+        """The text is over; returns what was held back."""
+        return self._take("", last=True)
+
+    def _take(self, text: str, *, last: bool) -> str:
+        if self.hit:
+            return ""
+        held = self._held + text
+        sure = len(held) if last else undecided(held, self._stops)
+        found = min((at for stop in self._stops if (at := held.find(stop)) >= 0), default=None)
+        if found is not None and found <= sure:
+            self.hit, self._held = True, ""
+            return held[:found]
+        self._held = held[sure:]
+        return held[:sure]
+
+
+def complete(
+    session: Session,
+    text: Text,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    max_tokens: int,
+    stop_ids: Collection[int] = (),
+    stop_strings: Sequence[str] = (),
+    draft_tokens: DraftTokens = "auto",
+    stats: GenerationStats | None = None,
+) -> Iterator[str]:
+    """Continue `prompt_ids`, yielding the answer's text in pieces as soon as it is certain.
+
+    Args:
+        session: The loaded bundle.
+        text: Its tokenizer.
+        prompt_ids: Not empty; see `Text.encode`.
+        sampling: How the next token is chosen.
+        max_tokens: At most so many tokens are generated.
+        stop_ids: Ids that end the answer and are no part of it.
+        stop_strings: Texts that do the same.
+        draft_tokens: Drafts per round, see `generate`.
+        stats: Filled in; where a stop string ends the answer, the reason is `stop` and the tokens are
+            counted up to the one that made it certain.
+
+    Raises:
+        UsageError: an argument is off.
+        DoesNotFitError: the context has no room for the prompt and an answer.
+        VerificationError: from the iterator, when the model's logits are not finite.
+    """
+    stats = GenerationStats() if stats is None else stats
+    stops = StopStrings(stop_strings)
+    chunks = generate(
+        session,
+        prompt_ids,
+        sampling,
+        max_tokens=max_tokens,
+        stop_ids=stop_ids,
+        draft_tokens=draft_tokens,
+        stats=stats,
+    )
+    return _pieces(chunks, text.detokenizer(), stops, stats)
+
+
+def _pieces(
+    chunks: Iterator[list[int]], detokenizer: Detokenizer, stops: StopStrings, stats: GenerationStats
+) -> Iterator[str]:
+    taken = 0
+    for chunk in chunks:
+        pieces = []
+        for token_id in chunk:
+            taken += 1
+            pieces.append(stops.push(detokenizer.push(token_id)))
+            if stops.hit:
+                stats.finish_reason, stats.generated_tokens = "stop", taken
+                break
+        if piece := "".join(pieces):
+            yield piece
+        if stops.hit:
+            return
+    rest = stops.push(detokenizer.finish())
+    rest += stops.finish()
+    if stops.hit:
+        stats.finish_reason = "stop"
+    if rest:
+        yield rest
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CorruptInputError(f"{path} cannot be read: {error}") from None
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    if (source := _read(path)) is None:
+        return {}
+    try:
+        config = from_json(source)
+    except ValueError as error:
+        raise CorruptInputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CorruptInputError(f"{path} does not hold an object")
+    return config
+
+
+def _token(value: object) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and content else None
+
+
+def _template(value: object) -> str | None:
+    """A template, or the one called `default` in a list of named ones."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CorruptInputError(
+            "tokenizer_config.json: chat_template is neither a text nor a list of named texts"
+        )
+    return value

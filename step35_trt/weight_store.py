@@ -1,0 +1,266 @@
+"""The packed weights of a bundle: placed while the graphs are written, filled afterwards by streaming.
+
+A dialect asks for a weight in the form its operators take and gets its place in a file. Nothing is read
+until `WeightFile.write`, which holds one slice at a time; so the graphs, the sizes and the digests' inputs
+are known before any byte moves, and each weight is stored once however many graphs use it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from step35_trt.errors import CorruptInputError
+from step35_trt.quantize.blocks import block_size, quantize_blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from step35_trt.checkpoint import Checkpoint
+    from step35_trt.quantize.recipe import Recipe
+
+ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
+SLICE_BYTES = 64 << 20  # fp32 bytes handled at once
+SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8"}
+
+Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor's place: file name within the bundle, byte offset, numpy dtype name and shape."""
+
+    name: str
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight as an operator takes it: `bits` 32 (fp32), 8 or 4; `scales` and `block` where quantised."""
+
+    bits: int
+    values: Placed
+    scales: Placed | None = None
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Stacked experts: gate and up rows interleaved in `up`, as ONNX Runtime's fused SwiGLU takes them."""
+
+    up: Matrix
+    down: Matrix
+
+
+@dataclass
+class WeightFile:
+    """One safetensors file being laid out. Data starts after a header of fixed room."""
+
+    name: str
+    tensors: list[tuple[Placed, Chunks]] = field(default_factory=list)
+
+    HEADER = 8 * ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return _aligned(self.tensors[-1][0].offset + self.tensors[-1][0].nbytes) if self.tensors else 0
+
+    def place(self, name: str, dtype: str, shape: tuple[int, ...], chunks: Chunks) -> Placed:
+        """Reserve room at the next page."""
+        placed = Placed(name, self.name, self.size or self.HEADER, dtype, shape)
+        self.tensors.append((placed, chunks))
+        return placed
+
+    def write(self, stream: BinaryIO) -> Iterator[int]:
+        """Fill a file from its start; yields the bytes written after each slice.
+
+        Raises:
+            CorruptInputError: a weight is not finite; it is named.
+        """
+        stream.write(self._header())
+        for placed, chunks in self.tensors:
+            written = 0
+            for chunk in chunks():
+                if not np.isfinite(chunk).all() if chunk.dtype == np.float32 else False:
+                    raise CorruptInputError(f"{placed.name} holds a NaN or an infinity")
+                data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+                stream.write(data.data)
+                written += data.nbytes
+                yield data.nbytes
+            assert written == placed.nbytes, f"{placed.name}: {written} bytes for {placed.nbytes}"
+            stream.write(bytes(_aligned(written) - written))
+
+    def _header(self) -> bytes:
+        entries: dict[str, object] = {"__metadata__": {"format": "step35-trt"}}
+        for placed, _ in self.tensors:
+            start = placed.offset - self.HEADER
+            entries[placed.name] = _entry(
+                SAFETENSORS_DTYPES[placed.dtype], placed.shape, start, placed.nbytes
+            )
+            # The format allows no holes: what fills a page is a tensor too.
+            if gap := _aligned(placed.nbytes) - placed.nbytes:
+                entries[f"{placed.name}.padding"] = _entry("U8", (gap,), start + placed.nbytes, gap)
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        assert len(text) <= self.HEADER - 8, f"{self.name}: too many tensors for one header"
+        return (self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8)
+
+
+def _entry(dtype: str, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + nbytes]}
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class WeightStore:
+    """All packed weights of a bundle, by file. Asking twice for a weight gives the same place."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    files: dict[str, WeightFile] = field(default_factory=dict)
+    _vectors: dict[tuple[str, float], Placed] = field(default_factory=dict)
+    _matrices: dict[tuple[str, int], Matrix] = field(default_factory=dict)
+    _experts: dict[str, Experts] = field(default_factory=dict)
+
+    def vector(self, name: str, plus: float) -> Placed:
+        """A 1-D parameter in fp32 with `plus` added."""
+        if (name, plus) not in self._vectors:
+            shape = self.checkpoint.tensors[name].shape
+            stored = f"{name}+{plus:g}" if plus else name
+
+            def chunks() -> Iterator[NDArray[np.generic]]:
+                yield self.checkpoint.read(name) + np.float32(plus)
+
+            self._vectors[name, plus] = self._file(name).place(stored, "float32", shape, chunks)
+        return self._vectors[name, plus]
+
+    def matrix(self, name: str, *, precision: int | None = None) -> Matrix:
+        """A 2-D weight `[N, K]` in the recipe's precision, or in `precision` bits."""
+        rule = self.recipe.rule(name)
+        bits = precision or {"fp32": 32, "int8": 8, "int4": 4}[rule.precision]
+        if (name, bits) not in self._matrices:
+            source = _Rows(self.checkpoint, name)
+            self._matrices[name, bits] = self._place(name, name, source, bits, rule.block)
+        return self._matrices[name, bits]
+
+    def experts(self, prefix: str, stretch: float) -> Experts:
+        """The stacked experts under `prefix`.
+
+        `stretch` multiplies the up rows and divides the down rows, which leaves an unclamped expert as it
+        was (the clamp's reparametrisation, see `dialects.onnx`).
+        """
+        if prefix not in self._experts:
+            gate, up, down = (f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
+            rule = self.recipe.rule(up)
+            bits = {"fp32": 32, "int8": 8, "int4": 4}[rule.precision]
+            sources = _GateUp(self.checkpoint, gate, up, stretch), _Rows(self.checkpoint, down, 1 / stretch)
+            # The operator has one block size for both products.
+            common = block_size(math.gcd(*(source.shape[-1] for source in sources)), rule.block)
+            self._experts[prefix] = Experts(
+                self._place(gate, f"{prefix}.gate_up", sources[0], bits, common),
+                self._place(gate, f"{prefix}.down", sources[1], bits, common),
+            )
+        return self._experts[prefix]
+
+    def _file(self, weight: str) -> WeightFile:
+        parts = weight.split(".")
+        stem = (
+            f"layer-{int(parts[2]):02}" if parts[1] == "layers" else parts[0 if parts[0] == "lm_head" else 1]
+        )
+        name = f"weights/{stem}.safetensors"
+        return self.files.setdefault(name, WeightFile(name))
+
+    def _place(self, weight: str, stored: str, source: _Source, bits: int, most: int) -> Matrix:
+        file, shape = self._file(weight), source.shape
+        if bits == 32:
+            return Matrix(32, file.place(stored, "float32", shape, source.slices))
+        block = block_size(shape[-1], most)
+        blocks = shape[-1] // block
+        cache = _Scales()
+
+        def codes() -> Iterator[NDArray[np.generic]]:
+            cache.parts.clear()
+            for part in source.slices():
+                if not np.isfinite(part).all():
+                    raise CorruptInputError(f"{stored} holds a NaN or an infinity")
+                packed, scales = quantize_blocks(part, bits, block)
+                cache.parts.append(scales)
+                yield packed
+
+        def scales() -> Iterator[NDArray[np.generic]]:
+            # The codes were written just before: their scales are at hand.
+            yield from cache.parts
+            cache.parts.clear()
+
+        lead = shape[:-1]
+        # MatMulNBits counts blocks in a dimension of their own; the stacked and gathered forms do not.
+        packed_row = (shape[-1] * bits // 8,) if len(shape) == 3 or bits == 8 else (blocks, block * bits // 8)
+        values = file.place(f"{stored}.int{bits}", "uint8", (*lead, *packed_row), codes)
+        placed = file.place(f"{stored}.scales", "float32", (*lead, blocks), scales)
+        return Matrix(bits, values, placed, block)
+
+
+@dataclass
+class _Scales:
+    parts: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A weight as it is, in slices of bounded size along its first axis."""
+
+    checkpoint: Checkpoint
+    name: str
+    factor: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.checkpoint.tensors[self.name].shape
+
+    def slices(self) -> Iterator[NDArray[np.float32]]:
+        shape = self.shape
+        step = max(1, SLICE_BYTES // (4 * int(np.prod(shape[1:]))))
+        for start in range(0, shape[0], step):
+            part = self.checkpoint.read(self.name, slice(start, start + step))
+            yield part if self.factor == 1 else part * np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class _GateUp:
+    """Gate and up rows of each expert, interleaved."""
+
+    checkpoint: Checkpoint
+    gate: str
+    up: str
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, width, features = self.checkpoint.tensors[self.gate].shape
+        return (experts, 2 * width, features)
+
+    def slices(self) -> Iterator[NDArray[np.float32]]:
+        for expert in range(self.shape[0]):
+            gate, up = self.checkpoint.read(self.gate, expert), self.checkpoint.read(self.up, expert)
+            if self.factor != 1:
+                up *= np.float32(self.factor)
+            yield np.stack([gate, up], axis=1).reshape(1, -1, gate.shape[-1])
+
+
+_Source = _Rows | _GateUp

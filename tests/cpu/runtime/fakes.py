@@ -1,0 +1,240 @@
+"""A model small enough to know by heart, behind the session protocol, that checks what it is fed.
+
+The decoder's next token depends on the last two tokens. A hidden row spells out which row it is: position,
+token, a checksum over all rows of its cache up to itself, and who made it. A module can therefore tell a row
+of the wrong position, of the wrong producer or made from a refused draft, and its own output differs for ever
+after if a stale row stays in its cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from step35_trt.config import Step35Config
+from step35_trt.errors import DoesNotFitError
+from step35_trt.runtime.session import Step
+
+if TYPE_CHECKING:
+    from step35_trt.runtime.sampling import SamplingParams
+
+WIDTH = 4  # of a hidden row: position, token, checksum, producer
+DECODER = -1
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """Logits after (token before last, last token): the decoder's `[V, V, V]`, the heads' `[M, V, V, V]`."""
+
+    decoder: Any
+    heads: Any
+
+    @classmethod
+    def drawn(
+        cls,
+        seed: int,
+        *,
+        vocabulary: int = 8,
+        modules: int = 3,
+        noise: float = 0.5,
+        levels: int | None = None,
+    ) -> FakeModel:
+        """Random tables; `noise` puts the heads off, `levels` makes the logits few, so that they tie."""
+        rng = np.random.default_rng(seed)
+        shape = (vocabulary,) * 3
+        decoder, error = rng.normal(size=shape), rng.normal(size=(modules, *shape))
+        heads = decoder + noise * error
+        if levels is not None:
+            decoder, heads = np.round(decoder * levels / 4), np.round(heads * levels / 4)
+        return cls((1.5 * decoder).astype(np.float32), (1.5 * heads).astype(np.float32))
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """What a decoder alone would say."""
+        tokens = [0, *prompt]
+        for _ in range(count):
+            row = self.decoder[tokens[-2], tokens[-1]].tolist()
+            tokens.append(row.index(max(row)))
+        return tokens[len(prompt) + 1 :]
+
+
+@dataclass
+class Cache:
+    """Rows of the decoder or of a module: the token each took and the checksum it ended with."""
+
+    tokens: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
+    latest: int = 0  # first row of the latest call
+
+    def extend(self, tokens: list[int], inputs: list[int]) -> None:
+        self.latest = len(self.tokens)
+        total = self.sums[-1] if self.sums else 0
+        for token, entry in zip(tokens, inputs, strict=True):
+            total = (total * 31 + token * 7 + entry * 3 + 1) % 65521
+            self.sums.append(total)
+        self.tokens += tokens
+
+    def truncate(self, length: int) -> None:
+        assert self.latest <= length <= len(self.tokens), "only rows of the latest call can be taken back"
+        del self.tokens[length:], self.sums[length:]
+
+    @property
+    def content(self) -> tuple[list[int], list[int]]:
+        return self.tokens, self.sums
+
+
+@dataclass
+class FakeClock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeSession:
+    model: FakeModel
+    max_tokens: int = 4096
+    prefill_chunk: int = 512
+    clock: FakeClock = field(default_factory=FakeClock)
+    decode_seconds: float = 1.0  # a call
+    token_seconds: float = 0.25  # each further token of it
+    draft_seconds: float = 0.125  # a row of a module
+    opened: list[FakeSequence] = field(default_factory=list)
+
+    @property
+    def config(self) -> Step35Config:
+        heads, vocabulary = self.model.heads.shape[:2]
+        return Step35Config.model_construct(
+            vocab_size=vocabulary, num_nextn_predict_layers=heads, hidden_size=WIDTH
+        )
+
+    def open(self) -> FakeSequence:
+        self.opened.append(FakeSequence(self))
+        return self.opened[-1]
+
+
+class FakeSequence:
+    def __init__(self, session: FakeSession) -> None:
+        self.session = session
+        self.decoder = Cache()
+        self.modules = [Cache() for _ in session.model.heads]
+        self.calls: list[tuple[int, int, int]] = []  # who ran, rows, rows whose logits were wanted
+
+    @property
+    def length(self) -> int:
+        return len(self.decoder.tokens)
+
+    def decode(self, token_ids: Any, rows: Any) -> Step:
+        first, tokens = self.length, token_ids.tolist()
+        self._check_call(token_ids, rows)
+        if first + len(tokens) > self.session.max_tokens:
+            raise DoesNotFitError("the sequence is full")
+        for module, cache in enumerate(self.modules):
+            for place, token in enumerate(tokens):
+                row = first + place - 1 - module
+                assert not 0 <= row < len(cache.tokens) or cache.tokens[row] == token, (
+                    f"module {module} row {row} took {cache.tokens[row]}, token {first + place} is {token}"
+                )
+        before = [self.decoder.tokens[-1] if first else 0, *tokens[:-1]]
+        self.decoder.extend(tokens, [0] * len(tokens))
+        self.calls.append((DECODER, len(tokens), len(rows)))
+        self.session.clock.now += self.session.decode_seconds + self.session.token_seconds * (len(tokens) - 1)
+        logits = self.session.model.decoder[np.array(before)[rows], token_ids[rows]]
+        return Step(logits, self._hidden(self.decoder, DECODER))
+
+    def truncate(self, length: int) -> None:
+        self.decoder.truncate(length)
+
+    def draft_length(self, module: int) -> int:
+        return len(self.modules[module].tokens)
+
+    def draft(self, module: int, token_ids: Any, hidden: Any, rows: Any) -> Step:
+        self._check_call(token_ids, rows)
+        assert hidden.shape == (len(token_ids), WIDTH)
+        assert hidden.dtype == np.float32
+        cache, tokens, inputs = self.modules[module], token_ids.tolist(), hidden.astype(int).tolist()
+        source = self.modules[module - 1] if module else self.decoder
+        first = len(cache.tokens)
+        for place, (position, token, total, producer) in enumerate(inputs):
+            row = first + place
+            assert producer == (module - 1 if module else DECODER)
+            assert position == row, f"module {module} row {row} got the hidden row {position}"
+            assert row < len(source.tokens), "the producer does not have this row"
+            assert (token, total) == (source.tokens[row], source.sums[row]), (
+                f"module {module} row {row} got a stale hidden row"
+            )
+            known = row + 1 + module
+            assert known >= self.length or tokens[place] == self.decoder.tokens[known], (
+                f"module {module} row {row} took {tokens[place]}, but token {known} is another"
+            )
+        cache.extend(tokens, [entry[2] for entry in inputs])
+        self.calls.append((module, len(tokens), len(rows)))
+        self.session.clock.now += self.session.draft_seconds * len(tokens)
+        before = np.array([entry[1] for entry in inputs])
+        return Step(
+            self.session.model.heads[module][before[rows], token_ids[rows]], self._hidden(cache, module)
+        )
+
+    def truncate_draft(self, module: int, length: int) -> None:
+        self.modules[module].truncate(length)
+
+    def _check_call(self, token_ids: Any, rows: Any) -> None:
+        assert token_ids.dtype == np.int64
+        assert rows.dtype == np.int64
+        assert token_ids.ndim == rows.ndim == 1
+        assert 1 <= len(token_ids) <= self.session.prefill_chunk
+        assert all(0 <= row < len(token_ids) for row in rows.tolist())
+
+    def _hidden(self, cache: Cache, producer: int) -> Any:
+        rows = range(cache.latest, len(cache.tokens))
+        return np.array([(p, cache.tokens[p], cache.sums[p], producer) for p in rows], dtype=np.float32)
+
+
+def fresh_caches(session: FakeSession, tokens: list[int], lengths: list[int]) -> FakeSequence:
+    """A sequence that saw only true tokens: all but the newest of `tokens`, module k `lengths[k]` rows."""
+    plain = FakeSession(session.model, max_tokens=len(tokens), prefill_chunk=len(tokens)).open()
+    none = np.empty(0, dtype=np.int64)
+    hidden = plain.decode(np.array(tokens[:-1], dtype=np.int64), none).hidden
+    for module, length in enumerate(lengths):
+        if not length:
+            break
+        ids = np.array(tokens[1 + module : 1 + module + length], dtype=np.int64)
+        hidden = plain.draft(module, ids, hidden[:length], none).hidden
+    return plain
+
+
+def exact_probabilities(logits: Any, params: SamplingParams) -> list[float]:
+    """The filters by the book, one row, in exact arithmetic after the exponential."""
+    row = [float(x) for x in logits]
+    if params.temperature == 0:
+        return [float(i == row.index(max(row))) for i in range(len(row))]
+    weights = [Fraction(math.exp((x - max(row)) / params.temperature)) for x in row]
+    ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    goal = Fraction(params.top_p) * sum(weights[i] for i in ranked)
+    kept: list[int] = []
+    for i in ranked:
+        if kept and params.top_p < 1 and sum(weights[j] for j in kept) >= goal:
+            break
+        kept.append(i)
+    kept = [i for i in kept if weights[i] >= Fraction(params.min_p) * weights[ranked[0]]]
+    total = sum(weights[i] for i in kept)
+    return [float(weights[i] / total) if i in kept else 0.0 for i in range(len(row))]
+
+
+def chi_square(observed: Any, expected: Any) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom; cells expected fewer than 5 times are pooled."""
+    assert not observed[expected == 0].any(), "a token of probability 0 was drawn"
+    order = np.argsort(expected)
+    observed, expected = observed[order], expected[order]
+    small = max(int((expected.cumsum() < 5).sum()) + 1, int((expected < 5).sum()))
+    observed = np.concatenate([[observed[:small].sum()], observed[small:]])
+    expected = np.concatenate([[expected[:small].sum()], expected[small:]])
+    if expected.size < 2:
+        return 0.0, 0
+    return float(((observed - expected) ** 2 / expected).sum()), expected.size - 1
