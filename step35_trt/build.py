@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,29 +78,34 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     return True
 
 
-def export_onnx(checkpoint: Path, out: Path, spelling: Spelling, recipe: Recipe) -> list[str]:
-    """Write the graphs and their weights into a directory, without a bundle's manifest; returns file names.
+def export_onnx(
+    checkpoint: Path, out: Path, spelling: Spelling, recipe: Recipe, progress: Progress | None = None
+) -> list[str]:
+    """Write the graphs and their weights into a new directory; returns the files' names.
 
     Raises:
-        UsageError: the directory is there already.
+        Step35Error: one of its kinds; nothing is left behind.
     """
     source = Checkpoint.open(checkpoint)
     store = WeightStore(source, recipe)
     graphs = _graphs(source.config, store, spelling)
     if out.exists():
-        raise UsageError(f"{out} exists already", "Name another directory.")
+        raise UsageError(f"{out} exists already", "Name another directory with -o.")
+    steps = [_weights_step(store, name) for name in store.files]
+    steps += [_graph_step(name, graph) for name, graph in graphs.items()]
+    steps.append(_bytes_step(PROGRAM, _program(source.config, graphs).model_dump_json(indent=1).encode()))
+    total, done = sum(step.nbytes for step in steps), 0
     stage = bundle.staging(out)
-    shutil.rmtree(stage, ignore_errors=True)
-    with _plain_os_errors(stage):
+    with _plain_os_errors(stage), ExitStack() as cleanup:
         (stage / bundle.WEIGHTS).mkdir(parents=True)
-        for name, file in store.files.items():
-            with (stage / name).open("wb") as stream:
-                for _ in file.write(stream):
-                    pass
-        for name, graph in graphs.items():
-            ir.save(graph.model(name.removesuffix(".onnx")), stage / name)
+        cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
+        for step in steps:
+            for written in step.write(stage / step.file):
+                done += written
+                if progress:
+                    progress(done, total, step.file)
         stage.rename(out)
-    return [*graphs, *store.files]
+    return [step.file for step in steps]
 
 
 def check_modules_differ(source: Checkpoint) -> None:

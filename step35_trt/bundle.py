@@ -97,6 +97,11 @@ class Bundle(BaseModel):
             config=Step35Config.parse(manifest.model),
         )
 
+    def damaged(self) -> list[str]:
+        """Files whose digest is not the manifest's; reads everything."""
+        files = self.manifest.files.items()
+        return [name for name, record in files if digest(self.directory / name) != record.blake2b]
+
 
 REBUILD = "Build the bundle again with build-engine."
 

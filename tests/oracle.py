@@ -67,7 +67,10 @@ class Oracle:
             x = torch.cat([e, h], -1) @ parts["eh_proj"].T
             positions = torch.arange(len(ids))[None]
             mask = create_sliding_window_causal_mask(
-                config=parts["config"], inputs_embeds=x, attention_mask=None, past_key_values=None,
+                config=parts["config"],
+                inputs_embeds=x,
+                attention_mask=None,
+                past_key_values=None,
                 position_ids=positions,
             )
             rope = parts["rotary"](x, positions, "sliding_attention")
@@ -89,7 +92,9 @@ def _block_state(checkpoint: Checkpoint, prefix: str) -> dict[str, torch.Tensor]
         if local.startswith(("enorm", "hnorm", "eh_proj", "transformer")) or local.endswith("scale_inv"):
             continue
         local = local.replace("moe.router_bias", "mlp.gate.e_score_correction_bias")
-        local = local.replace("moe.gate.weight", "mlp.gate.weight").replace("share_expert", "mlp.shared_experts")
+        local = local.replace("moe.gate.weight", "mlp.gate.weight").replace(
+            "share_expert", "mlp.shared_experts"
+        )
         if local == "moe.gate_proj.weight":
             up = _tensor(checkpoint, f"{prefix}.moe.up_proj.weight")
             state["mlp.experts.gate_up_proj"] = torch.cat([_tensor(checkpoint, name), up], 1)

@@ -76,7 +76,9 @@ class ScriptedSession:
 
     def __init__(self, text: Text, reply: Callable[[str], str], max_tokens: int = 4096) -> None:
         vocabulary = text.tokenizer.get_vocab_size()
-        self._end = text.tokenizer.token_to_id("<|im_end|>")
+        end = text.tokenizer.token_to_id("<|im_end|>")
+        assert end is not None
+        self._end = end
         self.config = Step35Config.parse(raw_config(vocab_size=vocabulary, eos_token_id=[self._end]))
         self.max_tokens = max_tokens
         self.prefill_chunk = max_tokens

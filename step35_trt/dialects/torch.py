@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -222,11 +221,12 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, past: int, window: int) -> Tensor:
     """Causal attention of `[t, H, d]` queries at positions past.. over `[rows, G, d]`; softmax in fp32."""
     share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", q, k).float() / math.sqrt(q.shape[-1])
     distance = torch.arange(past, past + len(q))[:, None] - torch.arange(len(k))
     seen = distance >= 0
     if window:
         seen &= distance < window
-    scores = scores.masked_fill(~seen.to(q.device), -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(v.dtype), v)
+    heads_first = (
+        x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
+    )
+    out = functional.scaled_dot_product_attention(*heads_first, attn_mask=seen.to(q.device))
+    return out[0].transpose(0, 1)

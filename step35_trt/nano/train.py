@@ -22,23 +22,20 @@ from step35_trt.config import Step35Config
 from step35_trt.nano import corpus, vocabulary
 from step35_trt.nano.evaluate import predict, summarise
 from step35_trt.nano.geometry import MODULES, raw_config
-from step35_trt.nano.parameters import Optimiser, Parameters, balance
+from step35_trt.nano.parameters import Parameters, balance
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
 SEED = 35
-STEPS_TOGETHER = 900  # decoder and MTP modules learn the text
-STEPS_ALONE = 250  # the modules learn what the decoder says of the text
-SHORT = (8, 256)  # sequences, tokens: four windows
-LONG = (1, 2048)  # the whole context
+DECODER_STEPS, MODULE_STEPS = 850, 250
+SHORT = (4, 256)  # sequences, tokens: four windows
+LONG = (1, 1024)  # sixteen windows
 LONG_EVERY = 16
-WARM_UP, FALL = 30, 0.5  # steps; share of the steps over which the rates fall to zero
-ALONE_RATE = 0.5
-DRAFT_SHARE = 0.2  # of each module's loss, while decoder and modules learn together
-BALANCE_RATE = 0.002
-REPORT_EVERY, SAVE_EVERY = 25, 100
+WARM_UP, FALL = 20, 0.6  # steps; share of the steps over which the rates fall to zero
+BALANCE_RATE = 0.003
+REPORT_EVERY = 25
 
 
 def main() -> None:
@@ -65,27 +62,15 @@ def train(output: Path, scale: float = 1.0) -> None:
     (output / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     config = Step35Config.parse(raw)
 
-    parameters = Parameters.start(config, torch.Generator().manual_seed(SEED))
     stream = training_tokens(tokenizer)
-    short, long = (Batches(stream, *shape) for shape in (SHORT, LONG))
-    optimiser, was_alone = Optimiser(parameters.values), False
-    for number, (alone, rate) in enumerate(plan(scale), 1):
-        if alone and not was_alone:
-            parameters.round()  # the modules learn from the decoder that is shipped
-            prefixes = tuple(f"{layer.prefix}." for layer in config.mtp_layers)
-            optimiser = Optimiser({n: v for n, v in parameters.values.items() if n.startswith(prefixes)})
-            was_alone = True
-        tokens = (short if number % LONG_EVERY else long).take()
-        loss = (draft_loss if alone else joint_loss)(parameters, config, tokens, rate)
-        torch.autograd.backward(loss)
-        optimiser.step(rate)
-        parameters.end_step()
-        if number % REPORT_EVERY == 0:
-            print(f"{number:5} {loss.item():7.4f} {time.monotonic() - begun:7.1f} s", flush=True)
-        if number % SAVE_EVERY == 0:
-            parameters.save(output / "model.safetensors")
-    parameters.round()
-    parameters.save(output / "model.safetensors")
+    parameters = Parameters.start(config, torch.Generator().manual_seed(SEED))
+    prefixes = tuple(f"{layer.prefix}." for layer in config.mtp_layers)
+    for steps, loss, modules in ((DECODER_STEPS, decoder_loss, False), (MODULE_STEPS, module_loss, True)):
+        trained = {n: v for n, v in parameters.values.items() if n.startswith(prefixes) == modules}
+        short, long = (Batches(stream, *shape) for shape in (SHORT, LONG))
+        learn(parameters, config, plan(round(steps * scale)), loss, trained, short, long)
+        parameters.round()  # the modules learn from the decoder that is shipped
+        parameters.save(output / "model.safetensors")
     held_out = corpus.held_out_text()
     ids = torch.tensor(tokenizer.encode(held_out).ids)
     summary = summarise(parameters, config, ids)
@@ -99,29 +84,23 @@ def train(output: Path, scale: float = 1.0) -> None:
     print(json.dumps(figures, indent=1))
 
 
-def plan(scale: float = 1.0) -> list[tuple[bool, float]]:
-    """For each step, whether the modules learn alone and the share of the peak rates."""
-    together, alone = max(1, round(STEPS_TOGETHER * scale)), max(1, round(STEPS_ALONE * scale))
-    joint = [min(1.0, (i + 1) / WARM_UP, (together - i) / together / FALL) for i in range(together)]
-    last = [ALONE_RATE * (alone - i) / alone for i in range(alone)]
-    return [(False, rate) for rate in joint] + [(True, rate) for rate in last]
+def plan(steps: int) -> list[float]:
+    """The share of the peak rates at each step: up, level, down to nothing."""
+    return [min(1.0, (i + 1) / WARM_UP, (steps - i) / steps / FALL) for i in range(steps)]
 
 
-def joint_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, rate: float) -> Tensor:
-    """Decoder and modules against the text; also moves the router biases."""
-    said = predict(parameters, config, tokens, MODULES)
+def decoder_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, rate: float) -> Tensor:
+    """The decoder against the text; also moves the router biases."""
+    said = predict(parameters, config, tokens, 0)
     balance(parameters, said.loads, BALANCE_RATE * rate)
-    loss = _cross_entropy(said.main[:, :-1], tokens[:, 1:])
-    for k, draft in enumerate(said.drafts):
-        loss = loss + DRAFT_SHARE * _cross_entropy(draft[:, :-1], tokens[:, 2 + k :])
-    return loss
+    return _cross_entropy(said.main[:, :-1], tokens[:, 1:])
 
 
-def draft_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, _rate: float) -> Tensor:
+def module_loss(parameters: Parameters, config: Step35Config, tokens: Tensor, _rate: float) -> Tensor:
     """The modules against what the decoder would choose, which is what decides over a draft."""
     said = predict(parameters, config, tokens, MODULES, frozen_decoder=True)
     own = said.main.argmax(-1)
-    return torch.stack([_cross_entropy(d, own[:, 1 + k :]) for k, d in enumerate(said.drafts)]).sum()
+    return torch.stack([_cross_entropy(d, own[:, 1 + k :]) for k, d in enumerate(said.drafts)]).mean()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

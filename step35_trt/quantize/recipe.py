@@ -26,12 +26,17 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Precisions of a whole model. `activations` is what quantised products multiply with."""
+    """Precisions of a whole model.
+
+    `activations` is what quantised products multiply with; `max_mean_kl` how far, in nats, `verify` lets the
+    predictions be from the checkpoint's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     summary: str
     activations: Literal["fp32", "int8"] = "fp32"
+    max_mean_kl: float = Field(gt=0)
     rules: tuple[Rule, ...] = Field(min_length=1)
 
     @classmethod

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Answer = Callable[["Request", str], dict[str, Any]]
     Progress = Callable[["BatchSummary"], None]
 
-MAX_LINE_BYTES = 32 << 20  # ten times the longest context, escaped as badly as can be
+MAX_LINE_BYTES = 32 << 20  # many times the longest context, escaped as badly as can be
 
 
 class Request(BaseModel):
@@ -98,10 +98,15 @@ def run_batch(
         progress: Called after every line.
 
     Raises:
-        UsageError: a path is off, or the output holds the answers of another input.
+        UsageError: a path or `draft_tokens` is off, or the output holds the answers of another input.
         DoesNotFitError: the disk is full.
         CorruptInputError: the chat template is not valid Jinja.
     """
+    heads = session.config.num_nextn_predict_layers
+    if draft_tokens != "auto" and draft_tokens not in range(heads + 1):  # else every line would say so
+        raise UsageError(
+            f"draft_tokens must be 'auto' or a whole number from 0 to {heads}, not {draft_tokens!r}"
+        )
     template = None if text.chat_template is None else ChatTemplate.of(text)
 
     def answer(request: Request, tag: str) -> dict[str, Any]:

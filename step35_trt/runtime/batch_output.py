@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -104,13 +104,9 @@ class ResumableOutput:
     ) -> None:
         if self._file is None:
             return
-        try:
+        with suppress(OSError):  # a complete file is synced already, else another error is under way
             os.fsync(self._file.fileno())
-        except OSError:
-            if kind is None:
-                raise
-        finally:
-            self._file.close()
+        self._file.close()
 
     def recorded(self) -> Iterator[Recorded]:
         """The lines that earlier runs have written, in order.
@@ -119,17 +115,19 @@ class ResumableOutput:
             UsageError: a line is not what this command writes.
         """
         path = self.path if self.finished else self.partial
-        with path.open("rb") as lines:
-            for line in lines:
-                try:
+        try:
+            with path.open("rb") as lines:
+                for line in lines:
                     record = Recorded.model_validate_json(line)
-                except ValidationError:
-                    raise UsageError(
-                        f"line {self.lines + 1} of {path} is not an answer of a batch",
-                        "Move that file away or choose another output.",
-                    ) from None
-                self.lines += 1
-                yield record
+                    self.lines += 1
+                    yield record
+        except ValidationError:
+            raise UsageError(
+                f"line {self.lines + 1} of {path} is not an answer of a batch",
+                "Move that file away or choose another output.",
+            ) from None
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
     def append(self, record: Mapping[str, object]) -> None:
         """Write one line through to the operating system.
@@ -206,8 +204,8 @@ class ResumableOutput:
         try:
             yield
         except OSError as error:
-            safe = f"{self.lines} answers are safe in {self.partial}; run the same command again to go on."
             message = f"cannot write {self.partial}: {error.strerror}"
+            hint = f"The lines written so far are safe ({self.lines}); run the same command again to go on."
             if error.errno in _NO_SPACE:
-                raise DoesNotFitError(message, f"Make room: {safe}") from None
-            raise Step35Error(message, safe) from None
+                raise DoesNotFitError(message, f"Make room. {hint}") from None
+            raise Step35Error(message, hint) from None

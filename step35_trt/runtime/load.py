@@ -6,12 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step35_trt.bundle import MANIFEST, Bundle, staging
+from step35_trt.bundle import MANIFEST, TOKENIZER, Bundle, staging
 from step35_trt.errors import UnsupportedError, UsageError
 from step35_trt.resources import NANO
 
 if TYPE_CHECKING:
     from step35_trt.runtime.session import Session
+    from step35_trt.runtime.text import Text
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -39,9 +40,27 @@ def resolve_checkpoint(name: str) -> Path:
         ) from None
 
 
-def load_bundle(directory: Path) -> Session:
-    """Open a bundle and the back end it was built for."""
+def open_bundle(directory: Path) -> Session:
+    """Check a bundle and open the back end it was built for."""
     return open_session(Bundle.open(directory))
+
+
+def load_text(directory: Path, *, required: bool) -> Text | None:
+    """The tokenizer of a bundle; None where it has none and none is required.
+
+    Raises:
+        UsageError: it is required and the checkpoint had none.
+    """
+    from step35_trt.runtime.text import Text
+
+    folder = directory / TOKENIZER
+    if (folder / "tokenizer.json").is_file():
+        return Text.load(folder)
+    if required:
+        raise UsageError(
+            f"{directory} has no tokenizer: its checkpoint had no tokenizer.json", "Use --prompt-ids."
+        )
+    return None
 
 
 def open_session(bundle: Bundle) -> Session:
@@ -78,5 +97,5 @@ def load_any(name: str) -> Session:
     """A bundle where there is a manifest, else a checkpoint."""
     path = Path(name)
     if (path / MANIFEST).is_file() or staging(path).is_dir():
-        return load_bundle(path)
+        return open_bundle(path)
     return load_reference(resolve_checkpoint(name))

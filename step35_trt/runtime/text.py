@@ -79,9 +79,7 @@ class Text:
         bos = special.get("bos_token") if config.get("add_bos_token") is not False else None
         bos_id = tokenizer.token_to_id(bos) if bos else None
         if bos and bos_id is None:
-            raise CorruptInputError(
-                f"tokenizer_config.json names the bos_token {bos!r}, which {path} does not hold"
-            )
+            raise CorruptInputError(f"tokenizer_config.json names the bos_token {bos!r}, which {path} lacks")
         added = tokenizer.get_added_tokens_decoder()
         return cls(
             tokenizer=tokenizer,
@@ -200,6 +198,7 @@ def complete(
     stop_strings: Sequence[str] = (),
     draft_tokens: DraftTokens = "auto",
     stats: GenerationStats | None = None,
+    token_ids: list[int] | None = None,
 ) -> Iterator[str]:
     """Continue `prompt_ids`, yielding the answer's text in pieces as soon as it is certain.
 
@@ -214,6 +213,7 @@ def complete(
         draft_tokens: Drafts per round, see `generate`.
         stats: Filled in; where a stop string ends the answer, the reason is `stop` and the tokens are
             counted up to the one that made it certain.
+        token_ids: Filled with the tokens that are counted.
 
     Raises:
         UsageError: an argument is off.
@@ -231,20 +231,24 @@ def complete(
         draft_tokens=draft_tokens,
         stats=stats,
     )
-    return _pieces(chunks, text.detokenizer(), stops, stats)
+    taken = [] if token_ids is None else token_ids
+    return _pieces(chunks, text.detokenizer(), stops, stats, taken)
 
 
 def _pieces(
-    chunks: Iterator[list[int]], detokenizer: Detokenizer, stops: StopStrings, stats: GenerationStats
+    chunks: Iterator[list[int]],
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    stats: GenerationStats,
+    taken: list[int],
 ) -> Iterator[str]:
-    taken = 0
     for chunk in chunks:
         pieces = []
         for token_id in chunk:
-            taken += 1
+            taken.append(token_id)
             pieces.append(stops.push(detokenizer.push(token_id)))
             if stops.hit:
-                stats.finish_reason, stats.generated_tokens = "stop", taken
+                stats.finish_reason, stats.generated_tokens = "stop", len(taken)
                 break
         if piece := "".join(pieces):
             yield piece

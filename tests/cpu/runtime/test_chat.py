@@ -228,7 +228,13 @@ def test_wrong_messages_are_refused_in_one_sentence(messages: Any, complaint: st
 def test_tools_are_checked_and_passed_on_as_sent() -> None:
     tool = {"function": {"parameters": {"b": 1, "a": 2}, "name": "f", "strict": True}, "type": "function"}
     assert json.dumps(parse_tools([tool])) == json.dumps([tool])
-    for wrong in ({}, [{}], [{"type": "web_search"}], [{"type": "function", "function": {"name": "a>b"}}]):
+    wrongs: list[Any] = [
+        {},
+        [{}],
+        [{"type": "web_search"}],
+        [{"type": "function", "function": {"name": "a>b"}}],
+    ]
+    for wrong in wrongs:
         with pytest.raises(UsageError, match="tools"):
             parse_tools(wrong)
 
@@ -272,6 +278,7 @@ def test_the_template_of_a_tokenizer(tmp_path: Path) -> None:
     text = Text.load(write_tokenizer(tmp_path / "a", SOURCE))
     prompt = ChatTemplate.of(text).render(parse_messages([user("Hi")]))
     ids = text.encode(prompt)
-    assert ids.count(text.tokenizer.token_to_id(text.special_tokens["bos_token"])) == 1
+    assert text.bos_id is not None
+    assert ids.count(text.bos_id) == 1
     with pytest.raises(UsageError, match="no chat template"):
         ChatTemplate.of(Text.load(write_tokenizer(tmp_path / "b")))

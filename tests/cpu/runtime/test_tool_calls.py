@@ -9,27 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, Event, ReasoningDelta, ToolCall, typed
+from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, Event, ReasoningDelta, ToolCall
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "text": {"type": "string"},
-        "count": {"type": "integer"},
-        "share": {"type": "number"},
-        "sure": {"type": "boolean"},
-        "map": {"type": "object"},
-        "list": {"type": "array"},
-        "none": {"type": "null"},
-        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-        "unit": {"$ref": "#/$defs/Unit"},
-        "loop": {"$ref": "#/$defs/Loop"},
-        "free": {},
-    },
-    "$defs": {"Unit": {"enum": [1, 2]}, "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "integer"}]}},
-}
 TOOLS = [
-    {"type": "function", "function": {"name": "f", "parameters": SCHEMA}},
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"count": {"type": "integer"}}}},
+    },
     {"type": "function", "function": {"name": "g"}},
 ]
 
@@ -43,10 +29,9 @@ def joined(events: list[Event]) -> list[Event]:
     """Neighbouring deltas of a kind as one."""
     result: list[Event] = []
     for kind, group in groupby(events, type):
-        if kind is ToolCall:
-            result += group
-        else:
-            result.append(kind("".join(event.text for event in group)))
+        events_of_kind = list(group)
+        text = "".join(event.text for event in events_of_kind if not isinstance(event, ToolCall))
+        result += events_of_kind if kind is ToolCall else [kind(text)]
     return result
 
 
@@ -164,68 +149,6 @@ def test_values_on_the_line_of_their_tags() -> None:
     inner = "<parameter=count>7</parameter><parameter=text>x</parameter>"
     stream = f"<tool_call><function=f>{inner}</function></tool_call>"
     assert parse(stream) == [ToolCall("f", {"count": 7, "text": "x"})]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "result"),
-    [
-        ("text", "5", "5"),
-        ("text", "null", "null"),
-        ("count", "5", 5),
-        ("count", "5.0", 5),
-        ("count", " 5 ", 5),
-        ("count", "5.5", "5.5"),
-        ("count", "five", "five"),
-        ("count", "true", "true"),
-        ("count", "9" * 30, int("9" * 30)),
-        ("share", "5", 5),
-        ("share", "-1e-3", -0.001),
-        ("share", "NaN", "NaN"),
-        ("share", "1e999", "1e999"),
-        ("sure", "true", True),
-        ("sure", "False", False),
-        ("sure", "1", "1"),
-        ("map", '{"a": [1, null]}', {"a": [1, None]}),
-        ("map", "[1]", "[1]"),
-        ("map", "{'a': 1}", "{'a': 1}"),
-        ("map", '{"a": 1e999}', '{"a": 1e999}'),
-        ("list", "[1, 2]", [1, 2]),
-        ("list", "[" * 5000, "[" * 5000),
-        ("none", "null", None),
-        ("none", "None", None),
-        ("maybe", "null", None),
-        ("maybe", "5", "5"),
-        ("unit", "2", 2),
-        ("loop", "3", 3),
-        ("free", "5", "5"),
-        ("undeclared", "5", "5"),
-    ],
-)
-def test_arguments_are_typed_by_the_schema(key: str, value: str, result: object) -> None:
-    (call,) = parse(written("f", **{key: value}))
-    assert isinstance(call, ToolCall)
-    assert call.arguments == {key: result}
-    assert type(call.arguments[key]) is type(result)
-
-
-def test_functions_nobody_declared_keep_their_arguments_as_text() -> None:
-    assert parse(written("h", count="5")) == [ToolCall("h", {"count": "5"})]
-
-
-@given(
-    st.recursive(st.none() | st.booleans() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
-)
-def test_any_schema_is_survived(schema: object) -> None:
-    for wrapped in (schema, {"type": schema}, {"anyOf": schema}, {"enum": schema}, {"$ref": schema}):
-        typed("5", wrapped, {"$defs": schema})
-
-
-def test_wide_circular_schemas_take_no_time() -> None:
-    node: dict[str, Any] = {}
-    node["anyOf"] = [{"$ref": "#/$defs/a"}] * 200
-    started = time.monotonic()
-    assert typed("5", node, {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}] * 200}, "b": node}}) == "5"
-    assert time.monotonic() - started < 1
 
 
 FRAGMENTS = st.sampled_from(

@@ -1,0 +1,67 @@
+// Products of int8 activations with 4-bit weights: the forms they are kept in and the routines on them.
+//
+// A matrix of N rows and K columns is cut into tiles of 16 rows. A tile is stored as K/8 groups of 64 bytes:
+// byte 4*r + j of group c holds in its low nibble the code of row r, column 8*c + j, and in its high nibble
+// that of column 8*c + 4 + j. So one vector load feeds two dot-product instructions for 16 rows, and a tile
+// is one contiguous stream. The scales, fp16, are [tile][K/block][16]: a weight is (code - 8) * scale.
+//
+// Every routine gives the same bits on every instruction set and however rows are grouped: dot products
+// within a block are exact integers, and blocks are added in ascending order with one fused multiply-add.
+#ifndef STEP35_INT4_H
+#define STEP35_INT4_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { TILE = 16, MOST_BLOCK = 128 };
+
+struct int4_matrix {
+  const uint8_t *codes;
+  const uint16_t *scales;
+  size_t columns; // K
+  size_t block;
+};
+
+// `count` activation rows by block: codes [K/block][count][block], scales and offsets [K/block][count].
+struct int8_rows {
+  int8_t *codes;
+  float *scales;
+  int32_t *offsets; // -8 * the sum of the block's codes: what the codes' zero point adds
+  size_t count;
+  size_t block;
+};
+
+struct int4_routines {
+  const char *name;
+
+  // Quantises `width` values of `row` from column `first` on; both are multiples of the block.
+  // A block that holds a NaN or an infinity makes the results that use it non-finite.
+  void (*quantise)(const float *x, size_t first, size_t width, const struct int8_rows *rows, size_t row);
+
+  // y[i * stride + 16 * (tile - begin) + lane] for the `count` rows that `pick` names (null: the first ones)
+  // and the tiles begin .. end - 1.
+  void (*multiply)(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,
+                   const int32_t *pick, size_t count, float *y, size_t stride);
+
+  // min(silu(gate), limit) * clamp(up, -limit, limit) over `pairs` times 16 gates and 16 ups.
+  void (*swiglu)(const float *gate_up, size_t pairs, float limit, float *h);
+
+  // y = weight * d, or y += weight * d where `more`.
+  void (*mix)(const float *d, size_t width, float weight, int more, float *y);
+};
+
+extern const struct int4_routines int4_portable, int4_avx2, int4_avx512, int4_neon;
+
+// The best routines this processor has, or those STEP35_CPU_ISA names: null where it lacks them.
+const struct int4_routines *int4_choose(void);
+
+static inline size_t tile_bytes(size_t columns) { return columns * TILE / 2; }
+
+static inline struct int4_matrix matrix_at(const struct int4_matrix *stack, size_t index, size_t tiles) {
+  struct int4_matrix m = *stack;
+  m.codes += index * tiles * tile_bytes(m.columns);
+  m.scales += index * tiles * TILE * (m.columns / m.block);
+  return m;
+}
+
+#endif

@@ -1,0 +1,191 @@
+// The routines of int4.h over 16 lanes, written once and compiled for each instruction set.
+//
+// The file that includes this one defines
+//   dot(acc, codes, x)      acc + the dot products of each lane's four codes with the four bytes of lane x
+//   half_to_float(p)        sixteen fp16 values
+//   DIRECT_TILES(t)         tiles read side by side for t rows at once
+//   PANEL_ROWS, PANEL_TILES the register tile for many rows
+//   ROUTINES                the name of the table
+// A vector of 16 lanes is one register of AVX-512 and several of the others; compilers split it.
+#include <string.h>
+
+#include "int4.h"
+
+typedef int32_t lanes_i __attribute__((vector_size(64)));
+typedef uint32_t lanes_u __attribute__((vector_size(64)));
+typedef float lanes_f __attribute__((vector_size(64)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+enum {
+  DIRECT_ROWS = 8,    // up to here codes are expanded as they are read: memory is the limit
+  PANEL_COUNT = 64,   // rows whose sums stay in the first-level cache
+  AHEAD = 1024,       // bytes of each stream asked for early: pages of 4 KiB defeat the hardware's own guess
+};
+
+// Each instruction set brings its own forms of these two.
+INLINE lanes_i dot(lanes_i acc, lanes_u codes, lanes_i x);
+INLINE lanes_f half_to_float(const uint16_t *p);
+
+INLINE lanes_u load_codes(const uint8_t *p) {
+  lanes_u v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE lanes_i four_bytes(const int8_t *p) {
+  int32_t v;
+  memcpy(&v, p, sizeof v);
+  return v - (lanes_i){0};
+}
+
+INLINE lanes_f add_block(lanes_i acc, lanes_f scale, float x_scale, lanes_f sum) {
+  return __builtin_elementwise_fma(__builtin_convertvector(acc, lanes_f), scale * x_scale, sum);
+}
+
+// How far ahead of block b to ask: past a tile's end goes on in the same stream's tile of the next group.
+INLINE size_t ahead(size_t b, size_t blocks, size_t block, size_t tiles) {
+  size_t early = AHEAD / (block * TILE / 2);
+  return b + early < blocks ? AHEAD : AHEAD + (tiles - 1) * blocks * (block * TILE / 2);
+}
+
+// Few rows: `tiles` streams, codes expanded in registers, all rows from one reading.
+INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_t tile,
+                   const struct int8_rows *x, const int32_t *pick, float *y, size_t stride) {
+  size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
+  const uint8_t *codes = w->codes + tile * bytes;
+  const uint16_t *scales = w->scales + tile * blocks * TILE;
+  size_t at[DIRECT_ROWS];
+  lanes_f sum[DIRECT_ROWS][4] = {0};
+  UNROLL for (size_t t = 0; t < rows; t++) at[t] = pick ? (size_t)pick[t] : t;
+  for (size_t b = 0; b < blocks; b++) {
+    lanes_i acc[DIRECT_ROWS][4];
+    const int8_t *xs[DIRECT_ROWS];
+    UNROLL for (size_t t = 0; t < rows; t++) {
+      xs[t] = x->codes + (b * x->count + at[t]) * block;
+      lanes_i offset = x->offsets[b * x->count + at[t]] - (lanes_i){0};
+      UNROLL for (size_t r = 0; r < tiles; r++) acc[t][r] = offset;
+    }
+    size_t early = ahead(b, blocks, block, tiles);
+    UNROLL for (size_t r = 0; r < tiles; r++) __builtin_prefetch(scales + (r * blocks + b + 4) * TILE);
+    const uint8_t *group = codes + b * block * (TILE / 2);
+    _Pragma("clang loop unroll_count(2)") for (size_t k = 0; k < block; k += 8, group += 64) {
+      lanes_u raw[4];
+      UNROLL for (size_t r = 0; r < tiles; r++) {
+        raw[r] = load_codes(group + r * bytes);
+        __builtin_prefetch(group + r * bytes + early);
+      }
+      UNROLL for (size_t t = 0; t < rows; t++) {
+        lanes_i low = four_bytes(xs[t] + k), high = four_bytes(xs[t] + k + 4);
+        UNROLL for (size_t r = 0; r < tiles; r++) {
+          acc[t][r] = dot(acc[t][r], raw[r] & 0x0f0f0f0fu, low);
+          acc[t][r] = dot(acc[t][r], raw[r] >> 4 & 0x0f0f0f0fu, high);
+        }
+      }
+    }
+    UNROLL for (size_t r = 0; r < tiles; r++) {
+      lanes_f scale = half_to_float(scales + (r * blocks + b) * TILE);
+      UNROLL for (size_t t = 0; t < rows; t++)
+        sum[t][r] = add_block(acc[t][r], scale, x->scales[b * x->count + at[t]], sum[t][r]);
+    }
+  }
+  UNROLL for (size_t t = 0; t < rows; t++)
+    UNROLL for (size_t r = 0; r < tiles; r++) memcpy(y + t * stride + r * TILE, &sum[t][r], sizeof sum[t][r]);
+}
+
+// A register tile of one block: `rows` rows by `tiles` tiles whose codes are already single bytes.
+INLINE void panel_rows(size_t rows, size_t tiles, const uint8_t *wide, const lanes_f *scale, size_t b,
+                       const struct int8_rows *x, const size_t *at, lanes_f (*sum)[PANEL_TILES]) {
+  size_t block = x->block;
+  lanes_i acc[PANEL_ROWS][PANEL_TILES];
+  const int8_t *xs[PANEL_ROWS];
+  UNROLL for (size_t t = 0; t < rows; t++) {
+    xs[t] = x->codes + (b * x->count + at[t]) * block;
+    lanes_i offset = x->offsets[b * x->count + at[t]] - (lanes_i){0};
+    UNROLL for (size_t r = 0; r < tiles; r++) acc[t][r] = offset;
+  }
+  _Pragma("clang loop unroll_count(2)") for (size_t k = 0; k < block; k += 4) {
+    lanes_u codes[PANEL_TILES];
+    UNROLL for (size_t r = 0; r < tiles; r++) codes[r] = load_codes(wide + (k / 4 * tiles + r) * 64);
+    UNROLL for (size_t t = 0; t < rows; t++) {
+      lanes_i four = four_bytes(xs[t] + k);
+      UNROLL for (size_t r = 0; r < tiles; r++) acc[t][r] = dot(acc[t][r], codes[r], four);
+    }
+  }
+  UNROLL for (size_t t = 0; t < rows; t++)
+    UNROLL for (size_t r = 0; r < tiles; r++)
+      sum[t][r] = add_block(acc[t][r], scale[r], x->scales[b * x->count + at[t]], sum[t][r]);
+}
+
+// Many rows: a block's codes are expanded once and used by up to PANEL_COUNT rows.
+INLINE void panel(size_t tiles, const struct int4_matrix *w, size_t tile, const struct int8_rows *x,
+                  const size_t *at, size_t count, float *y, size_t stride) {
+  size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
+  const uint8_t *codes = w->codes + tile * bytes;
+  const uint16_t *scales = w->scales + tile * blocks * TILE;
+  _Alignas(64) uint8_t wide[MOST_BLOCK * TILE * PANEL_TILES];
+  lanes_f sum[PANEL_COUNT][PANEL_TILES], scale[PANEL_TILES];
+  memset(sum, 0, count * sizeof sum[0]);
+  for (size_t b = 0; b < blocks; b++) {
+    size_t early = ahead(b, blocks, block, tiles);
+    const uint8_t *group = codes + b * block * (TILE / 2);
+    for (size_t k = 0; k < block / 8; k++, group += 64)
+      UNROLL for (size_t r = 0; r < tiles; r++) {
+        lanes_u raw = load_codes(group + r * bytes);
+        lanes_u low = raw & 0x0f0f0f0fu, high = raw >> 4 & 0x0f0f0f0fu;
+        __builtin_prefetch(group + r * bytes + early);
+        memcpy(wide + (2 * k * tiles + r) * 64, &low, 64);
+        memcpy(wide + ((2 * k + 1) * tiles + r) * 64, &high, 64);
+      }
+    UNROLL for (size_t r = 0; r < tiles; r++) scale[r] = half_to_float(scales + (r * blocks + b) * TILE);
+    size_t t = 0;
+    for (; t + PANEL_ROWS <= count; t += PANEL_ROWS)
+      panel_rows(PANEL_ROWS, tiles, wide, scale, b, x, at + t, sum + t);
+    switch (count - t) {
+#define REST(n) case n: panel_rows(n < PANEL_ROWS ? n : PANEL_ROWS, tiles, wide, scale, b, x, at + t, sum + t); break;
+      REST(1) REST(2) REST(3) REST(4) REST(5)
+#undef REST
+      default: break;
+    }
+  }
+  for (size_t t = 0; t < count; t++) memcpy(y + t * stride, sum[t], tiles * sizeof sum[t][0]);
+}
+
+static void panels(const struct int4_matrix *w, size_t tile, size_t tiles, const struct int8_rows *x,
+                   const int32_t *pick, size_t count, float *y, size_t stride) {
+  for (size_t done = 0; done < count; done += PANEL_COUNT) {
+    size_t at[PANEL_COUNT], rows = count - done < PANEL_COUNT ? count - done : PANEL_COUNT;
+    for (size_t t = 0; t < rows; t++) at[t] = pick ? (size_t)pick[done + t] : done + t;
+    if (tiles == PANEL_TILES)
+      panel(PANEL_TILES, w, tile, x, at, rows, y + done * stride, stride);
+    else
+      for (size_t r = 0; r < tiles; r++)
+        panel(1, w, tile + r, x, at, rows, y + done * stride + r * TILE, stride);
+  }
+}
+
+static void multiply(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,
+                     const int32_t *pick, size_t count, float *y, size_t stride) {
+  size_t tile = begin;
+#define DIRECT(n)                                                                        \
+  case n:                                                                                \
+    for (; tile + DIRECT_TILES(n) <= end; tile += DIRECT_TILES(n))                       \
+      direct(n, DIRECT_TILES(n), w, tile, x, pick, y + (tile - begin) * TILE, stride);   \
+    for (; tile < end; tile++) direct(n, 1, w, tile, x, pick, y + (tile - begin) * TILE, stride); \
+    break;
+  switch (count) {
+    case 0: break;
+    DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4) DIRECT(5) DIRECT(6) DIRECT(7) DIRECT(8)
+    default:
+      for (; tile < end; tile += PANEL_TILES) {
+        size_t tiles = end - tile < PANEL_TILES ? end - tile : PANEL_TILES;
+        panels(w, tile, tiles, x, pick, count, y + (tile - begin) * TILE, stride);
+      }
+  }
+#undef DIRECT
+}
+
+#include "int4_rows.h"
+
+const struct int4_routines ROUTINES = {ROUTINES_NAME, quantise, multiply, swiglu, mix};

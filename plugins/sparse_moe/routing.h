@@ -1,0 +1,26 @@
+// Which expert does which token, grouped by expert.
+#ifndef STEP35_ROUTING_H
+#define STEP35_ROUTING_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct used {
+  int32_t expert;
+  size_t first, count; // its pairs
+};
+
+// Pairs of an expert and a token, by expert and then by token.
+struct routing {
+  struct used *used; // ascending
+  size_t used_count;
+  int32_t *token, *pair; // of each pair: its token; its own index
+  float *weight;
+  uint8_t *more; // whether a lower expert has the token too
+};
+
+// free() what it gives; null where memory is lacking. `top_k` is at most `experts`.
+void *route(const float *selection, const float *weights, size_t tokens, size_t experts, size_t top_k,
+            float scale, struct routing *out);
+
+#endif

@@ -1,0 +1,118 @@
+"""What a person sees: errors in one sentence, progress of long work, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from step35_trt.build import Progress as BuildProgress
+
+QUIET_SECONDS = 2.0  # between lines of progress where there is no terminal
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(message: str, hint: str = "") -> None:
+    """Say what went wrong on stderr."""
+    err.print(f"[bold red]error:[/] {_escaped(message)}")
+    if hint:
+        err.print(f"[dim]{_escaped(hint)}[/]")
+
+
+def say(message: str) -> None:
+    """A remark on stderr, out of the way of results."""
+    err.print(f"[dim]{_escaped(message)}[/]")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on stdout."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_escaped(str(cell)) for cell in row))
+    out.print(table)
+
+
+@contextmanager
+def file_progress(title: str) -> Iterator[BuildProgress]:
+    """Bytes written of a long job: a bar on a terminal, a line now and then elsewhere."""
+    if not err.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int, name: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                err.print(f"{title}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {name}", markup=False)
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {_escaped(name)}")
+
+        yield update
+
+
+@contextmanager
+def line_progress(title: str, requests: Path) -> Iterator[Callable[[int, int], None]]:
+    """Lines answered and lines in error: a bar on a terminal, a line now and then elsewhere."""
+    last = time.monotonic()
+    if not err.is_terminal:
+
+        def line(done: int, errors: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                err.print(f"{title}: {done} lines, {errors} errors")
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(title, total=_count_lines(requests))
+
+        def update(done: int, errors: int) -> None:
+            progress.update(task, completed=done, description=f"{title} ({errors} errors)")
+
+        yield update
+
+
+def _count_lines(path: Path) -> int | None:
+    try:
+        with path.open("rb") as stream:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+    except OSError:
+        return None  # the reader of the file will say what is wrong
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,104 @@
+"""The CPU operators' shared library, compiled where it is wanted.
+
+The compiler is zig's C compiler from the wheel `ziglang`: it needs nothing else on the machine, targets any
+glibc and writes the same bytes each time. Sources compile once; the result is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from step35_trt.errors import Step35Error, UnsupportedError
+from step35_trt.resources import DATA
+
+TARGETS = {"x86_64": "x86_64-linux-gnu.2.28", "aarch64": "aarch64-linux-gnu.2.28"}
+FOLDERS = ("cpu", "int4_linear", "sparse_moe")
+# Fused multiply-adds are written where they are meant: results must not depend on the instruction set.
+COMPILE = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w"]
+LINK = ["-shared", "-s", "-Wl,--build-id=none"]
+
+
+def compile_library(out: Path, target: str = "x86_64") -> None:
+    """Write the library for `target` ("x86_64" or "aarch64") to `out`.
+
+    Raises:
+        UnsupportedError: another target.
+        Step35Error: there is no compiler, or it fails.
+    """
+    if target not in TARGETS:
+        raise UnsupportedError(f"there are no CPU operators for {target}", f"Known: {', '.join(TARGETS)}.")
+    cached = _cache() / f"step35-cpu-{target}-{_digest(target)}.so"
+    try:
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+                _compile(Path(folder), TARGETS[target]).replace(cached)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out.parent, delete=False) as copy:
+            shutil.copyfile(cached, copy.name)
+        Path(copy.name).chmod(0o644)
+        Path(copy.name).replace(out)
+    except OSError as error:
+        raise Step35Error(f"the CPU operators cannot be written: {error}") from None
+
+
+def _sources() -> list[Path]:
+    folders = [DATA / "plugins" / folder for folder in FOLDERS]
+    return sorted(path for folder in folders for path in folder.glob("*.[ch]"))
+
+
+@functools.cache
+def _digest(target: str) -> str:
+    digest = hashlib.sha256(repr((_compiler(), TARGETS[target], COMPILE, LINK)).encode())
+    for path in _sources():
+        digest.update(f"\0{path.parent.name}/{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _compiler() -> str:
+    try:
+        return version("ziglang")
+    except PackageNotFoundError:
+        raise Step35Error(
+            "the CPU operators cannot be compiled: the package ziglang is missing", "pip install ziglang"
+        ) from None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "step35-trt"
+
+
+def _compile(folder: Path, target: str) -> Path:
+    """Sources compile side by side. They are named relative to their root, which leaves no path behind."""
+    root = DATA / "plugins"
+    names = [str(path.relative_to(root)) for path in _sources() if path.suffix == ".c"]
+    objects = [str(folder / name.replace("/", "-").replace(".c", ".o")) for name in names]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(_zig, [*COMPILE, "-target", target, "-c", name, "-o", made], root)
+            for name, made in zip(names, objects, strict=True)
+        ]
+        for job in jobs:
+            job.result()
+    library = folder / "library.so"
+    _zig([*LINK, "-target", target, *objects, "-lm", "-o", str(library)], root)
+    return library
+
+
+def _zig(arguments: list[str], folder: Path) -> None:
+    cache = str(_cache() / "zig")
+    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+    command = [sys.executable, "-m", "ziglang", "cc", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise Step35Error(f"the CPU operators do not compile: {lines[0] if lines else 'the compiler gave up'}")

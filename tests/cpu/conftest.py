@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# One thread a library: pytest-xdist uses the cores.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from tests.synthetic import raw_config, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Window smaller and larger than a test's prompt; 8:1 and 12:1 heads on one KV head and on two.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "small-window": {},
+    "large-window": {
+        "layers": 5,
+        "heads": (16, 24),
+        "groups": 2,
+        "head_dim": 32,
+        "sliding_window": 64,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "vocab_size": 131,
+        "moe_num_experts": 17,
+        "moe_top_k": 4,
+        "moe_intermediate_size": 48,
+        "share_expert_dim": 64,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random checkpoint of each geometry."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: write_checkpoint(root / name, raw_config(**changes), seed=i)
+        for i, (name, changes) in enumerate(GEOMETRIES.items())
+    }
+
+
+@pytest.fixture(scope="session", params=list(GEOMETRIES))
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Path:
+    """Each geometry in turn."""
+    return checkpoints[request.param]

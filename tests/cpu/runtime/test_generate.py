@@ -1,0 +1,430 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from step35_trt.errors import DoesNotFitError, Step35Error, UsageError, VerificationError
+from step35_trt.runtime import drafting, sampling
+from step35_trt.runtime import generate as generate_module
+from step35_trt.runtime.depth import DepthController
+from step35_trt.runtime.generate import Generation, GenerationStats, generate
+from step35_trt.runtime.sampling import SamplingParams, probabilities
+from tests.cpu.runtime.fakes import (
+    DECODER,
+    FakeModel,
+    FakeSession,
+    chi_square,
+    exact_probabilities,
+    fresh_caches,
+)
+from tests.cpu.runtime.test_sampling import always_accept, redraw_from_target
+
+GREEDY = SamplingParams()
+DEPTHS = (0, 1, 2, 3, "auto")
+
+
+def flat(parts: Any) -> list[int]:
+    return [token for part in parts for token in part]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.integers(2, 9),
+    modules=st.integers(0, 3),
+    noise=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    levels=st.sampled_from([None, 2]),
+    prompt_length=st.integers(1, 25),
+    chunk=st.integers(1, 9),
+    max_tokens=st.integers(1, 40),
+    context=st.sampled_from([30, 4096]),
+)
+def test_greedy_output_is_the_decoders_whatever_is_drafted(
+    seed: int,
+    vocabulary: int,
+    modules: int,
+    noise: float,
+    levels: int | None,
+    prompt_length: int,
+    chunk: int,
+    max_tokens: int,
+    context: int,
+) -> None:
+    model = FakeModel.drawn(seed, vocabulary=vocabulary, modules=modules, noise=noise, levels=levels)
+    prompt = np.random.default_rng(seed).integers(0, vocabulary, prompt_length).tolist()
+    expected = model.greedy(prompt, min(max_tokens, context - prompt_length))
+    for draft_tokens in (*range(modules + 1), "auto"):
+        session = FakeSession(model, max_tokens=context, prefill_chunk=chunk)
+        stats = GenerationStats()
+        parts = list(
+            generate(
+                session,
+                prompt,
+                GREEDY,
+                max_tokens=max_tokens,
+                draft_tokens=draft_tokens,  # type: ignore[arg-type]
+                stats=stats,
+                clock=session.clock,
+            )
+        )
+        assert flat(parts) == expected
+        assert all(parts)
+        assert stats.generated_tokens == len(expected)
+        assert stats.finish_reason == "length"
+        assert len(parts) == stats.rounds + 1
+
+
+class Scripted:
+    """A depth policy that follows a list over and over."""
+
+    def __init__(self, depths: list[int]) -> None:
+        self.depths, self.round = depths, 0
+
+    def choose(self, limit: int) -> int:
+        return min(self.depths[self.round % len(self.depths)], limit)
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        self.round += 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    noise=st.sampled_from([0.0, 0.5, 5.0]),
+    prompt_length=st.integers(1, 40),
+    chunk=st.integers(4, 12),
+    depths=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    rounds=st.integers(0, 40),
+)
+def test_wherever_it_is_interrupted_the_caches_are_those_of_a_fresh_sequence(
+    seed: int, noise: float, prompt_length: int, chunk: int, depths: list[int], rounds: int
+) -> None:
+    session = FakeSession(FakeModel.drawn(seed, noise=noise), prefill_chunk=chunk)
+    prompt = np.random.default_rng(seed).integers(0, 8, prompt_length).tolist()
+    answer = generate(session, prompt, GREEDY, max_tokens=500, policy=Scripted(depths))
+    tokens = prompt + [token for _ in range(rounds + 1) for token in next(answer)]
+    answer.close()  # type: ignore[attr-defined]
+    (sequence,) = session.opened
+    assert sequence.length == len(tokens) - 1
+    fresh = fresh_caches(session, tokens, [sequence.draft_length(k) for k in range(3)])
+    assert sequence.decoder.content == fresh.decoder.content
+    for mine, theirs in zip(sequence.modules, fresh.modules, strict=True):
+        assert mine.content == theirs.content
+
+
+VARIANTS = {
+    "temperature": SamplingParams(temperature=1.3, seed=1),
+    "top-p": SamplingParams(temperature=1.6, top_p=0.9, seed=2),
+    "top-k": SamplingParams(temperature=1.3, top_k=5, seed=3),
+    "all": SamplingParams(temperature=1.8, top_k=7, top_p=0.95, min_p=0.1, seed=4),
+}
+
+
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake has few different rows of logits; filtering each once is enough."""
+    known: dict[Any, Any] = {}
+
+    def lookup(logits: Any, params: SamplingParams) -> Any:
+        key = (logits.tobytes(), params)
+        if key not in known:
+            known[key] = probabilities(logits, params)
+        return known[key]
+
+    monkeypatch.setattr(sampling, "probabilities", lookup)
+    monkeypatch.setattr(drafting, "probabilities", lookup)
+
+
+def p_value(draft_tokens: Any, params: SamplingParams, count: int) -> tuple[float, GenerationStats]:
+    """Every token of one long answer against its exact distribution given the two tokens before it.
+
+    The counts of a chain's transitions are, given the contexts, those of independent draws, so Pearson's
+    statistic adds up over contexts.
+    """
+    model = FakeModel.drawn(17, vocabulary=8, noise=0.7)
+    session = FakeSession(model, max_tokens=count + 8, checked=False)
+    stats = GenerationStats()
+    answer = generate(session, [3, 5], params, max_tokens=count, draft_tokens=draft_tokens, stats=stats)
+    line = np.array([3, 5, *flat(answer)])
+    assert len(line) == count + 2
+    seen = np.zeros((8, 8, 8))
+    np.add.at(seen, (line[:-2], line[1:-1], line[2:]), 1)
+    total, freedom = 0.0, 0
+    for before, last in np.argwhere(seen.sum(axis=2) >= 40):
+        counts = seen[before, last]
+        exact = np.array(exact_probabilities(model.decoder[before, last], params))
+        try:
+            part = chi_square(counts, counts.sum() * exact)
+        except AssertionError:  # a token of probability 0
+            return 0.0, stats
+        total, freedom = total + part[0], freedom + part[1]
+    assert freedom > 100
+    return float(chi2.sf(total, freedom)), stats
+
+
+# 25,000 draws of each variant: 100,000 for each way of drafting.
+@pytest.mark.usefixtures("remembered")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("draft_tokens", DEPTHS)
+def test_sampled_output_has_the_exact_distribution_whatever_is_drafted(
+    draft_tokens: Any, variant: str
+) -> None:
+    value, stats = p_value(draft_tokens, VARIANTS[variant], 25_000)
+    assert value > 1e-4
+    if draft_tokens == "auto":
+        assert 1000 < stats.drafted[1] < stats.drafted[0] - 100  # more than one depth was in use
+    elif draft_tokens:
+        assert all(0.2 < share < 0.99 for share in stats.acceptance[:draft_tokens])
+
+
+@pytest.mark.usefixtures("remembered")
+@pytest.mark.parametrize("wrong", [always_accept, redraw_from_target])
+@pytest.mark.parametrize("draft_tokens", [1, 3, "auto"])
+def test_a_wrong_verifier_shows_in_the_distribution(
+    wrong: Any, draft_tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "verify", wrong)
+    assert p_value(draft_tokens, VARIANTS["temperature"], 10_000)[0] < 1e-4
+
+
+@pytest.mark.parametrize("draft_tokens", DEPTHS)
+def test_a_seed_repeats_the_answer_however_long_the_rounds_take(draft_tokens: Any) -> None:
+    model, answers = FakeModel.drawn(5), []
+    for seed, speed in ((7, 1.0), (7, 50.0), (8, 1.0)):
+        session = FakeSession(model, draft_seconds=speed)
+        params = SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
+        answers.append(
+            flat(
+                generate(session, [1], params, max_tokens=300, draft_tokens=draft_tokens, clock=session.clock)
+            )
+        )
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_without_a_seed_answers_differ() -> None:
+    session = FakeSession(FakeModel.drawn(5))
+    one, two = (
+        flat(generate(session, [1], SamplingParams(temperature=1.0), max_tokens=100)) for _ in range(2)
+    )
+    assert one != two
+
+
+@pytest.mark.parametrize("draft_tokens", DEPTHS)
+def test_a_stop_id_ends_the_answer_wherever_it_falls(draft_tokens: Any) -> None:
+    model = FakeModel.drawn(1, noise=0.0, vocabulary=40)  # all drafts hit: stops fall inside accepted runs
+    said = model.greedy([2, 3], 12)
+    assert len(set(said)) == 12
+    for place, stop in enumerate(said):
+        stats = GenerationStats()
+        session = FakeSession(model)
+        parts = generate(
+            session,
+            [2, 3],
+            GREEDY,
+            max_tokens=50,
+            stop_ids=(stop, 39),
+            draft_tokens=draft_tokens,
+            stats=stats,
+        )
+        assert flat(parts) == said[:place]
+        assert (stats.generated_tokens, stats.finish_reason) == (place, "stop")
+
+
+@pytest.mark.parametrize("draft_tokens", DEPTHS)
+def test_max_tokens_and_the_context_end_the_answer_wherever_they_fall(draft_tokens: Any) -> None:
+    model = FakeModel.drawn(1, noise=0.0)
+    said = model.greedy([2, 3], 20)
+    for limit in range(1, 15):
+        for arguments in ({"max_tokens": limit}, {"max_tokens": 100, "context": limit + 2}):
+            session = FakeSession(model, max_tokens=arguments.get("context", 4096))
+            stats = GenerationStats()
+            parts = generate(
+                session,
+                [2, 3],
+                GREEDY,
+                max_tokens=arguments["max_tokens"],
+                draft_tokens=draft_tokens,
+                stats=stats,
+            )
+            assert flat(parts) == said[:limit]
+            assert (stats.generated_tokens, stats.finish_reason) == (limit, "length")
+            assert all(
+                drafted >= accepted for drafted, accepted in zip(stats.drafted, stats.accepted, strict=True)
+            )
+
+
+def test_a_stop_id_beyond_the_last_token_is_not_looked_for() -> None:
+    model = FakeModel.drawn(1, noise=0.0, vocabulary=40)
+    said = model.greedy([2, 3], 8)
+    for limit, reason in ((6, "length"), (7, "length"), (8, "stop")):
+        stats = GenerationStats()
+        list(generate(FakeSession(model), [2, 3], GREEDY, max_tokens=limit, stop_ids=said[7:], stats=stats))
+        assert (stats.generated_tokens, stats.finish_reason) == (min(limit, 7), reason)
+
+
+def test_drafting_never_costs_more_rounds_than_it_must() -> None:
+    model = FakeModel.drawn(1, noise=0.0)
+    for draft_tokens in range(4):
+        stats = GenerationStats()
+        list(
+            generate(
+                FakeSession(model), [1, 2], GREEDY, max_tokens=49, draft_tokens=draft_tokens, stats=stats
+            )
+        )
+        assert stats.rounds == 48 // (draft_tokens + 1)
+        assert stats.drafted == stats.accepted == [stats.rounds] * draft_tokens + [0] * (3 - draft_tokens)
+        assert stats.mean_accepted_length == draft_tokens + 1
+
+
+def test_without_drafts_the_modules_never_run() -> None:
+    session = FakeSession(FakeModel.drawn(1), prefill_chunk=4)
+    list(generate(session, [1] * 11, GREEDY, max_tokens=9, draft_tokens=0))
+    assert {who for who, _, _ in session.opened[0].calls} == {DECODER}
+
+
+def test_only_the_modules_that_draft_are_run() -> None:
+    session = FakeSession(FakeModel.drawn(1), prefill_chunk=4)
+    list(generate(session, [1] * 11, GREEDY, max_tokens=9, draft_tokens=2))
+    assert {who for who, _, _ in session.opened[0].calls} == {DECODER, 0, 1}
+
+
+def test_the_prompt_is_prefilled_in_chunks_and_asks_for_one_row_of_logits() -> None:
+    session = FakeSession(FakeModel.drawn(1), prefill_chunk=8)
+    next(generate(session, [1, 2, 3, 4, 5] * 4, GREEDY, max_tokens=9))
+    (sequence,) = session.opened
+    assert [call[1:] for call in sequence.calls if call[0] == DECODER] == [(8, 0), (8, 0), (4, 1)]
+    assert [sequence.draft_length(module) for module in range(3)] == [19, 19, 18]
+
+
+def test_stats_are_the_numbers() -> None:
+    # Head 0 is always right, head 1 never, so a round of two drafts settles two tokens.
+    exact = FakeModel.drawn(1, noise=0.0)
+    heads = exact.heads.copy()
+    heads[1] = -heads[1]
+    session = FakeSession(FakeModel(exact.decoder, heads), prefill_chunk=4)
+    stats = GenerationStats()
+    answer = generate(
+        session, [1, 2, 3, 4, 5, 6], GREEDY, max_tokens=11, draft_tokens=2, stats=stats, clock=session.clock
+    )
+    next(answer)
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.rounds) == (6, 1, 0)
+    decoder, modules = (
+        (1 + 3 * 0.25) + (1 + 0.25),
+        sum(session.opened[0].draft_length(k) for k in (0, 1)) * 0.125,
+    )
+    assert modules > 0
+    assert stats.prefill_seconds == pytest.approx(decoder + modules)
+    assert (stats.tokens_per_second, stats.mean_accepted_length, stats.finish_reason) == (0.0, 0.0, None)
+    session.clock.now += 1000  # the caller's own time
+    before = session.clock.now
+    rest = flat(answer)
+    assert len(rest) == 10
+    assert stats.finish_reason == "length"
+    assert (stats.rounds, stats.drafted, stats.accepted) == (5, [5, 4, 0], [5, 0, 0])
+    assert stats.acceptance == (1.0, 0.0, 0.0)
+    assert stats.mean_accepted_length == 2.0
+    assert stats.decode_seconds == pytest.approx(session.clock.now - before)
+    assert stats.tokens_per_second == pytest.approx(10 / stats.decode_seconds)
+    # A second answer starts from zero.
+    list(generate(session, [1], GREEDY, max_tokens=1, stats=stats))
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.rounds, stats.drafted) == (1, 1, 0, [0, 0, 0])
+
+
+@pytest.mark.parametrize(("noise", "draft_seconds", "best"), [(0.0, 0.01, 3), (0.0, 5.0, 0), (50.0, 0.2, 0)])
+def test_auto_settles_on_what_pays(noise: float, draft_seconds: float, best: int) -> None:
+    session = FakeSession(
+        FakeModel.drawn(3, vocabulary=12, noise=noise), draft_seconds=draft_seconds, token_seconds=0.05
+    )
+    policy = DepthController(3)
+    stats = GenerationStats()
+    list(generate(session, [1], GREEDY, max_tokens=300, policy=policy, clock=session.clock, stats=stats))
+    assert policy.best(3) == best
+    # What was learned goes along into the next answer.
+    list(generate(session, [2], GREEDY, max_tokens=100, policy=policy, clock=session.clock, stats=stats))
+    if best == 3:
+        assert stats.drafted[2] > 0.8 * stats.rounds
+    else:
+        assert stats.drafted[0] < 0.3 * stats.rounds
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "error", "words"),
+    [
+        ([], {}, UsageError, "prompt is empty"),
+        ([1, 8], {}, UsageError, "Token id 8 lies outside the vocabulary of 8"),
+        ([-1], {}, UsageError, "Token id -1"),
+        ([1.5], {}, UsageError, "whole token ids"),
+        ([[1, 2]], {}, UsageError, "flat list"),
+        (["a"], {}, UsageError, "whole token ids"),
+        ([1] * 65, {}, DoesNotFitError, "65 tokens leaves no room to answer in a context of 64"),
+        ([1] * 64, {}, DoesNotFitError, "64 tokens"),
+        ([1], {"draft_tokens": 4}, UsageError, "from 0 to 3"),
+        ([1], {"draft_tokens": -1}, UsageError, "not -1"),
+        ([1], {"draft_tokens": "many"}, UsageError, "not 'many'"),
+        ([1], {"draft_tokens": True}, UsageError, "not True"),
+        ([1], {"max_tokens": 0}, UsageError, "max_tokens"),
+        ([1], {"max_tokens": 1.5}, UsageError, "max_tokens"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_before_anything_runs(
+    prompt: Any, arguments: dict[str, Any], error: type[Step35Error], words: str
+) -> None:
+    session = FakeSession(FakeModel.drawn(1), max_tokens=64)
+    with pytest.raises(error, match=words) as caught:
+        generate(session, prompt, GREEDY, **{"max_tokens": 5, **arguments})
+    assert "\n" not in caught.value.message
+    assert not session.opened
+
+
+@pytest.mark.parametrize("prompt", [(1, 2), np.array([1, 2]), np.array([1, 2], dtype=np.uint16)])
+def test_a_prompt_may_be_any_row_of_ids(prompt: Any) -> None:
+    model = FakeModel.drawn(1)
+    assert flat(generate(FakeSession(model), prompt, GREEDY, max_tokens=5)) == model.greedy([1, 2], 5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", ["decoder", "heads"])
+def test_logits_that_are_not_finite_end_the_answer_with_one_sentence(broken: str, temperature: float) -> None:
+    model = FakeModel.drawn(1)
+    getattr(model, broken)[..., 3] = math.nan
+    session = FakeSession(model)
+    with pytest.raises(VerificationError, match="not finite"):
+        list(
+            generate(
+                session, [1, 2], SamplingParams(temperature=temperature, seed=1), max_tokens=5, draft_tokens=2
+            )
+        )
+
+
+def test_closing_an_answer_leaves_the_session_usable() -> None:
+    model = FakeModel.drawn(2)
+    session = FakeSession(model, prefill_chunk=4)
+    for rounds in range(6):
+        stats = GenerationStats()
+        answer = generate(session, [1] * 9, GREEDY, max_tokens=100, stats=stats)
+        for _ in range(rounds):
+            next(answer)
+        answer.close()  # type: ignore[attr-defined]
+        assert stats.finish_reason is None
+    assert flat(generate(session, [1] * 9, GREEDY, max_tokens=30)) == model.greedy([1] * 9, 30)
+
+
+def test_two_generations_can_take_turns() -> None:
+    """What a scheduler would do: gather the next calls, run them, hand the results back."""
+    model = FakeModel.drawn(4)
+    session = FakeSession(model, prefill_chunk=4)
+    prompts = ([1, 2, 3, 4, 5, 6, 7], [7])
+    turns = [Generation(session, prompt, GREEDY, max_tokens=40, draft_tokens=2) for prompt in prompts]
+    said: list[list[int]] = [[], []]
+    while not all(turn.finished for turn in turns):
+        running = [(i, turn, turn.next_call()) for i, turn in enumerate(turns) if not turn.finished]
+        results = [(i, turn, turn.sequence.decode(call.token_ids, call.rows)) for i, turn, call in running]
+        for i, turn, step in results:
+            said[i] += turn.take(step)
+    assert said == [model.greedy(prompt, 40) for prompt in prompts]

@@ -1,0 +1,32 @@
+"""Sessions over freshly built bundles and exports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from step35_trt.build import build, export_onnx
+from step35_trt.checkpoint import Checkpoint
+from step35_trt.dialects.onnx_standard import StandardSpelling
+from step35_trt.engine import EngineSpec
+from step35_trt.program import Program
+from step35_trt.quantize.recipe import Recipe
+from step35_trt.runtime.load import open_bundle
+from step35_trt.runtime.session_onnx import OnnxSession
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.runtime.session import Session
+
+
+def engine(checkpoint: Path, out: Path, name: str = "cpu-fp32") -> Session:
+    """The session of a bundle, built when it is not there."""
+    build(checkpoint, out, EngineSpec.load(name))
+    return open_bundle(out)
+
+
+def standard(checkpoint: Path, out: Path) -> Session:
+    """A session over the export in standard operators."""
+    export_onnx(checkpoint, out, StandardSpelling(), Recipe.load("fp32"))
+    program = Program.model_validate_json((out / "program.json").read_text())
+    return OnnxSession(out, Checkpoint.open(checkpoint).config, program, max_tokens=300, prefill_chunk=64)
