@@ -8,7 +8,6 @@ are known before any byte moves, and each weight is stored once however many gra
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
@@ -171,7 +170,7 @@ class WeightStore:
             bits = {"fp32": 32, "int8": 8, "int4": 4}[rule.precision]
             sources = _GateUp(self.checkpoint, gate, up, stretch), _Rows(self.checkpoint, down, 1 / stretch)
             # The operator has one block size for both products.
-            common = block_size(math.gcd(*(source.shape[-1] for source in sources)), rule.block)
+            common = block_size(rule.block, *(source.shape[-1] for source in sources))
             self._experts[prefix] = Experts(
                 self._place(gate, f"{prefix}.gate_up", sources[0], bits, common),
                 self._place(gate, f"{prefix}.down", sources[1], bits, common),
@@ -190,7 +189,7 @@ class WeightStore:
         file, shape = self._file(weight), source.shape
         if bits == 32:
             return Matrix(32, file.place(stored, "float32", shape, source.slices))
-        block = block_size(shape[-1], most)
+        block = block_size(most, shape[-1])
         blocks = shape[-1] // block
         cache = _Scales()
 

@@ -127,7 +127,7 @@ class Optimiser:
         self._momenta: list[Tensor | None] = [None] * len(shapes)
 
     @torch.no_grad()
-    def step(self, fraction: float, rate: float = 0.015, momentum: float = 0.95) -> None:
+    def step(self, fraction: float, rate: float = 0.02, momentum: float = 0.95) -> None:
         """One update at `fraction` of the peak rates."""
         for group in self._adam.param_groups:
             group["lr"] = group["peak"] * fraction

@@ -22,11 +22,15 @@ from step35_trt.config import Step35Config
 from step35_trt.nano import corpus, vocabulary
 from step35_trt.nano.evaluate import predict, summarise
 from step35_trt.nano.geometry import MODULES, raw_config
-from step35_trt.nano.parameters import Parameters, balance
+from step35_trt.nano.parameters import Optimiser, Parameters, balance
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tokenizers import Tokenizer
     from torch import Tensor
+
+    Loss = Callable[[Parameters, Step35Config, Tensor, float], Tensor]
 
 SEED = 35
 DECODER_STEPS, MODULE_STEPS = 850, 250
@@ -67,8 +71,16 @@ def train(output: Path, scale: float = 1.0) -> None:
     prefixes = tuple(f"{layer.prefix}." for layer in config.mtp_layers)
     for steps, loss, modules in ((DECODER_STEPS, decoder_loss, False), (MODULE_STEPS, module_loss, True)):
         trained = {n: v for n, v in parameters.values.items() if n.startswith(prefixes) == modules}
-        short, long = (Batches(stream, *shape) for shape in (SHORT, LONG))
-        learn(parameters, config, plan(round(steps * scale)), loss, trained, short, long)
+        course = Course(
+            parameters, config, loss, Optimiser(trained), Batches(stream, *SHORT), Batches(stream, *LONG)
+        )
+        for rate in plan(max(1, round(steps * scale))):
+            course.step(rate)
+            if course.done % REPORT_EVERY == 0:
+                print(
+                    f"{course.done:5} {course.last_loss:7.4f} {time.monotonic() - begun:7.1f} s", flush=True
+                )
+                parameters.save(output / "model.safetensors")
         parameters.round()  # the modules learn from the decoder that is shipped
         parameters.save(output / "model.safetensors")
     held_out = corpus.held_out_text()
@@ -124,17 +136,41 @@ class Batches:
     stream: Tensor
     count: int
     length: int
-    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
+    _random: random.Random = field(default_factory=lambda: random.Random(SEED))
     _starts: list[int] = field(default_factory=list)
 
     def take(self) -> Tensor:
         """`[count, length]` token ids."""
         if len(self._starts) < self.count:
-            shift = int(torch.randint(self.length, (1,), generator=self._generator))
-            pieces = torch.randperm((len(self.stream) - shift) // self.length, generator=self._generator)
-            self._starts = (pieces * self.length + shift).tolist()
+            shift = self._random.randrange(self.length)
+            self._starts = list(range(shift, len(self.stream) - self.length + 1, self.length))
+            self._random.shuffle(self._starts)
         starts, self._starts = self._starts[: self.count], self._starts[self.count :]
         return torch.stack([self.stream[start : start + self.length] for start in starts])
+
+
+@dataclass
+class Course:
+    """One part of the training, a step at a time."""
+
+    parameters: Parameters
+    config: Step35Config
+    loss: Loss
+    optimiser: Optimiser
+    short: Batches
+    long: Batches
+    done: int = 0
+    last_loss: float = math.nan
+
+    def step(self, rate: float) -> None:
+        """Learn from one batch at `rate` times the peak rates."""
+        self.done += 1
+        tokens = (self.short if self.done % LONG_EVERY else self.long).take()
+        loss = self.loss(self.parameters, self.config, tokens, rate)
+        torch.autograd.backward(loss)
+        self.optimiser.step(rate)
+        self.parameters.end_step()
+        self.last_loss = loss.item()
 
 
 if __name__ == "__main__":

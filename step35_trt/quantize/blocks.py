@@ -12,18 +12,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def block_size(features: int, most: int) -> int:
-    """The largest power of two up to `most`, at least 16, that divides `features`.
+def block_size(most: int, *features: int) -> int:
+    """The largest power of two up to `most`, at least 16, that divides every width.
 
     Raises:
         UnsupportedError: there is none.
     """
     size = most
     while size >= 16:
-        if features % size == 0:
+        if all(width % size == 0 for width in features):
             return size
         size //= 2
-    raise UnsupportedError(f"a width of {features} cannot be cut into blocks of 16 or more")
+    widths = " and ".join(map(str, features))
+    raise UnsupportedError(f"a width of {widths} cannot be cut into blocks of 16 or more")
 
 
 def quantize_blocks(

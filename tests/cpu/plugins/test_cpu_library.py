@@ -1,0 +1,68 @@
+import os
+import subprocess
+import sys
+
+import onnxruntime as ort
+import pytest
+
+from step35_trt import cpu_library
+from step35_trt.errors import Step35Error, UnsupportedError
+
+
+def test_a_second_time_it_comes_from_the_cache(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_library, "_zig", None)
+    cpu_library.compile_library(tmp_path / "new" / "again.so")
+    assert (tmp_path / "new" / "again.so").read_bytes() == library.read_bytes()
+
+
+def test_it_registers_and_needs_only_an_old_libc(library):
+    ort.SessionOptions().register_custom_ops_library(str(library))
+    data = library.read_bytes()
+    assert b"RegisterCustomOps" in data
+    assert b"GLIBC_2.3" not in data.replace(b"GLIBC_2.3.", b"")
+    assert os.fsencode(cpu_library.DATA) not in data
+
+
+def test_an_unknown_target_is_named(tmp_path):
+    with pytest.raises(UnsupportedError, match="riscv64"):
+        cpu_library.compile_library(tmp_path / "x.so", "riscv64")
+
+
+def test_a_failing_compiler_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "plugins" / "cpu").mkdir(parents=True)
+    (tmp_path / "plugins" / "cpu" / "bad.c").write_text("int main(void) { return nothing; }\n")
+    monkeypatch.setattr(cpu_library, "DATA", tmp_path)
+    cpu_library._digest.cache_clear()
+    try:
+        with pytest.raises(Step35Error, match=r"do not compile: .*nothing") as caught:
+            cpu_library.compile_library(tmp_path / "x.so")
+        assert "\n" not in str(caught.value)
+    finally:
+        cpu_library._digest.cache_clear()
+
+
+def test_a_missing_compiler_is_one_sentence(tmp_path, monkeypatch):
+    def missing(name):
+        raise cpu_library.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cpu_library, "version", missing)
+    cpu_library._digest.cache_clear()
+    try:
+        with pytest.raises(Step35Error, match="ziglang is missing"):
+            cpu_library.compile_library(tmp_path / "x.so")
+    finally:
+        cpu_library._digest.cache_clear()
+
+
+@pytest.mark.skipif(not os.environ.get("STEP35_SLOW"), reason="compiles twice from nothing")
+def test_the_same_bytes_every_time(library, tmp_path):
+    code = "import sys; from pathlib import Path; from step35_trt.cpu_library import compile_library as c;"
+    code += "c(Path(sys.argv[1])); c(Path(sys.argv[2]), 'aarch64')"
+    outs = []
+    for name in ("a", "b"):
+        paths = [str(tmp_path / f"{name}.so"), str(tmp_path / f"{name}.arm.so")]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name)}
+        subprocess.run([sys.executable, "-c", code, *paths], env=environment, check=True)
+        outs.append([open(path, "rb").read() for path in paths])
+    assert outs[0] == outs[1]
+    assert outs[0][0] == library.read_bytes()

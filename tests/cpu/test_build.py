@@ -1,0 +1,390 @@
+"""Bundles: resumed after any interruption, refused when damaged, never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from step35_trt import build as builder
+from step35_trt.build import build
+from step35_trt.bundle import Bundle, staging
+from step35_trt.checkpoint import Checkpoint
+from step35_trt.engine import EngineSpec
+from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UnsupportedError, UsageError
+from step35_trt.weight_store import WeightFile
+from tests.synthetic import raw_config, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SPEC = EngineSpec.load("cpu-int4")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["small-window"]
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """An uninterrupted build."""
+    out = tmp_path_factory.mktemp("whole") / "bundle"
+    build(source, out, SPEC)
+    return contents(out)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(7)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_kill_at_every_journal_step_resumes(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = builder._Journal.finish
+    out = tmp_path / "bundle"
+    done: list[str] = []
+
+    def die_after_one(self: builder._Journal, file: str) -> None:
+        finish(self, file)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def no_second_time(self: builder._Journal, file: str) -> None:
+        assert file not in done
+        finish(self, file)
+
+    deaths = 0
+    while not out.exists():
+        monkeypatch.setattr(builder._Journal, "finish", die_after_one)
+        status = in_child(lambda: build(source, out, SPEC))
+        if os.WIFSIGNALED(status):
+            deaths += 1
+            journal = (staging(out) / "journal.jsonl").read_text().split("\n")
+            done = [json.loads(line)["file"] for line in journal[1:] if line]
+            assert len(done) == deaths  # each run adds one file and repeats none
+        else:
+            break
+    monkeypatch.setattr(builder._Journal, "finish", no_second_time)
+    build(source, out, SPEC)
+    assert deaths == len(whole) - 1  # all but the manifest
+    assert contents(out) == whole
+    assert not staging(out).exists()
+
+
+def test_a_kill_in_the_middle_of_a_file(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = WeightFile.write
+    out = tmp_path / "bundle"
+
+    for stop in (1, 7, 60, 150):
+        count = 0
+
+        def dying(self: WeightFile, stream, stop: int = stop):  # type: ignore[no-untyped-def]
+            nonlocal count
+            for size in write(self, stream):
+                count += 1
+                if count == stop:
+                    stream.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield size
+
+        monkeypatch.setattr(WeightFile, "write", dying)
+        in_child(lambda: build(source, out, SPEC))
+        assert not out.exists()
+    monkeypatch.setattr(WeightFile, "write", write)
+    build(source, out, SPEC)
+    assert contents(out) == whole
+
+
+def test_a_torn_journal_line_costs_one_file(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    plan = builder._Plan.make(Checkpoint.open(source), builder.Recipe.load(SPEC.recipe), SPEC)
+    with pytest.raises(KeyboardInterrupt), builder._staged(out, plan) as (stage, journal):
+        for step in plan.steps[:3]:
+            list(step.write(stage / step.file))
+            journal.finish(step.file)
+        raise KeyboardInterrupt
+    path = staging(out) / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    build(source, out, SPEC)
+    assert contents(out) == whole
+
+
+def test_another_build_in_the_same_place_starts_afresh(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bundle"
+    monkeypatch.setattr(builder._Journal, "finish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    in_child(lambda: build(source, out, EngineSpec.load("cpu-fp32")))
+    monkeypatch.undo()
+    assert staging(out).exists()
+    build(source, out, SPEC)
+    assert contents(out) == whole
+
+
+def test_building_twice(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    assert build(source, out, SPEC)
+    assert not build(source, out, SPEC)
+    with pytest.raises(UsageError, match="exists and is not this build's result"):
+        build(source, out, EngineSpec.load("cpu-fp32"))
+    assert Bundle.open(out).manifest.engine.name == "cpu-int4"
+
+
+def test_two_builds_at_once(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    plan = builder._Plan.make(Checkpoint.open(source), builder.Recipe.load(SPEC.recipe), SPEC)
+    with pytest.raises(UsageError, match="another build"), builder._staged(out, plan):
+        build(source, out, SPEC)
+
+
+def test_the_packed_files_are_safetensors(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    build(source, out, SPEC)
+    names = set()
+    for file in (out / "weights").iterdir():
+        assert file.stat().st_size % 4096 == 0
+        with safe_open(file, "numpy") as reader:
+            names.update(reader.keys())
+    assert "model.layers.3.moe.gate_up.int4" in names
+
+
+def _edited(source: Path, tmp_path: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(source, copy)
+    merged: dict[str, np.ndarray] = {}
+    for shard in sorted(copy.glob("*.safetensors")):
+        merged |= load_file(shard)
+        shard.unlink()
+    (copy / "model.safetensors.index.json").unlink()
+    edit(merged)
+    save_file(merged, copy / "model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.4.moe.down_proj.weight",
+        "model.layers.4.moe.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("engine", ["cpu-int4", "cpu-fp32"])
+def test_a_weight_that_is_not_finite(source: Path, tmp_path: Path, name: str, value: float, engine: str) -> None:
+    def edit(weights: dict[str, np.ndarray]) -> None:
+        weights[name].reshape(-1)[-1] = value
+
+    out = tmp_path / "bundle"
+    with pytest.raises(CorruptInputError, match="NaN or an infinity") as caught:
+        build(_edited(source, tmp_path, edit), out, EngineSpec.load(engine))
+    assert name.split(".weight")[0].replace("down_proj", "down").replace("up_proj", "gate_up").replace(
+        "q_gate_up", "q_proj"
+    ) in caught.value.message.replace("up_proj", "gate_up")
+    assert not out.exists()
+
+
+def test_modules_that_share_a_weight(source: Path, tmp_path: Path) -> None:
+    def edit(weights: dict[str, np.ndarray]) -> None:
+        tail = "transformer.shared_head.output.weight"
+        weights[f"model.layers.11.{tail}"] = weights[f"model.layers.9.{tail}"].copy()
+
+    with pytest.raises(CorruptInputError, match="MTP modules share a weight"):
+        build(_edited(source, tmp_path, edit), tmp_path / "bundle", SPEC)
+
+
+def test_a_width_without_blocks(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", raw_config(moe_intermediate_size=40))
+    with pytest.raises(UnsupportedError, match="40"):
+        build(checkpoint, tmp_path / "bundle", SPEC)
+    assert not (tmp_path / "bundle.partial").exists()
+
+
+def test_disk_full(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """A file size limit stands for a full disk; with room the same command goes on."""
+    out = tmp_path / "bundle"
+
+    def starved() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            build(source, out, SPEC)
+        except DoesNotFitError as error:
+            os._exit(0 if "no room left" in error.message else 1)
+
+    assert in_child(starved) == 0
+    assert not out.exists()
+    build(source, out, SPEC)
+    assert contents(out) == whole
+
+
+def test_not_enough_room_is_said_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(DoesNotFitError, match="GB free"):
+        build(source, tmp_path / "bundle", SPEC)
+
+
+@pytest.fixture
+def bundle(source: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "bundle"
+    build(source, out, SPEC)
+    return out
+
+
+def _refused(bundle: Path, kind: type[Step35Error]) -> str:
+    with pytest.raises(kind) as caught:
+        Bundle.open(bundle)
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+    return caught.value.message
+
+
+def test_a_changed_graph(bundle: Path) -> None:
+    path = bundle / "mtp-1.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "mtp-1.onnx has changed" in _refused(bundle, CorruptInputError)
+
+
+def test_a_short_weight_file(bundle: Path) -> None:
+    path = bundle / "weights" / "layer-05.safetensors"
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - 1)
+    assert "layer-05" in _refused(bundle, CorruptInputError)
+
+
+def test_a_flipped_weight_bit_is_found_by_the_full_check(bundle: Path) -> None:
+    path = bundle / "weights" / "layer-05.safetensors"
+    values = np.memmap(path, np.uint8, "r+")
+    values[-5000] ^= 1
+    values.flush()
+    assert Bundle.open(bundle).damaged() == ["weights/layer-05.safetensors"]
+
+
+def test_a_missing_file(bundle: Path) -> None:
+    (bundle / "program.json").unlink()
+    assert "program.json is missing" in _refused(bundle, CorruptInputError)
+
+
+def test_another_runtime(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["versions"]["onnxruntime"] = "9.9"
+    path.write_text(json.dumps(manifest))
+    assert "onnxruntime 9.9" in _refused(bundle, UnsupportedError)
+
+
+def test_a_newer_schema(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    assert "schema 99" in _refused(bundle, UnsupportedError)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 1}', "[" * 100_000])
+def test_hostile_manifests(bundle: Path, content: str) -> None:
+    (bundle / "manifest.json").write_text(content)
+    _refused(bundle, CorruptInputError)
+
+
+def test_a_manifest_that_points_outside(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../../etc/passwd"] = {"size": 1, "blake2b": ""}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CorruptInputError, match="outside"):
+        Bundle.open(bundle)
+
+
+def test_an_unfinished_bundle_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "bundle.partial").mkdir()
+    assert "interrupted" in _refused(tmp_path / "bundle", UsageError)
+
+
+# VmHWM is the peak of this program alone; ru_maxrss would include what the process was before exec.
+MEMORY_BUDGET = """
+import sys
+from pathlib import Path
+from step35_trt.build import build
+from step35_trt.engine import EngineSpec
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+base = status("VmRSS")
+build(Path(sys.argv[1]), Path(sys.argv[2]), EngineSpec.load(sys.argv[3]))
+print(status("VmHWM") - base)
+"""
+
+
+@pytest.mark.parametrize("engine", ["cpu-int4", "cpu-fp32"])
+def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
+    """The build streams: twice the layers, the same peak; both far below the checkpoint's size."""
+    peaks = []
+    for layers in (5, 13):
+        raw = raw_config(layers=layers, hidden_size=512, moe_num_experts=16, moe_intermediate_size=512)
+        checkpoint = write_checkpoint(tmp_path / f"c{layers}", raw)
+        command = [sys.executable, "-c", MEMORY_BUDGET, checkpoint, tmp_path / f"b{layers}", engine]
+        peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+        size = Checkpoint.open(checkpoint).nbytes
+    assert size > 250e6
+    assert max(peaks) < 200e6
+    assert peaks[1] < peaks[0] + 40e6
+
+
+def test_fp8_experts_are_packed_like_their_values(tmp_path: Path) -> None:
+    """The official FP8 layout and a bf16 checkpoint of the same values give the same weights."""
+    from tests.cpu.test_checkpoint import FP8, _save_with_fp8
+
+    raw = raw_config()
+    plain = write_checkpoint(tmp_path / "plain", raw, shards=1)
+    file = next(plain.glob("*.safetensors"))
+    tensors = load_file(file)
+    experts = [n for n in tensors if ".moe." in n and n.endswith("_proj.weight")]
+    coded, values = dict(tensors), dict(tensors)
+    for name in experts:
+        codes = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        shape = (*codes.shape[:-2], codes.shape[-2] // 16, codes.shape[-1] // 16)
+        coded |= {name: codes, f"{name}_scale_inv": np.full(shape, 0.5, np.float32)}
+        values[name] = (codes.astype(np.float32) * 0.5).astype(ml_dtypes.bfloat16)
+    save_file(values, file)
+    official = tmp_path / "official"
+    official.mkdir()
+    (official / "config.json").write_text(json.dumps(raw | {"quantization_config": FP8}))
+    _save_with_fp8(official / "model.safetensors", coded)
+    (plain / "model.safetensors.index.json").unlink()
+    build(plain, tmp_path / "a", SPEC)
+    build(official, tmp_path / "b", SPEC)
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    weights = [name for name in a if name.startswith("weights/")]
+    assert len(weights) > 10
+    assert all(a[name] == b[name] for name in weights)
