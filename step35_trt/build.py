@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,9 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 from step35_trt import bundle
-from step35_trt.bundle import MANIFEST, PROGRAM, SCHEMA, TOKENIZER, FileRecord, Manifest
+from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, TOKENIZER, FileRecord, Manifest
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.onnx import GraphWriter, Spelling, decoder_graph, mtp_graph
+from step35_trt.cpu_library import compile_library
+from step35_trt.dialects.onnx import OURS, GraphWriter, Spelling, decoder_graph, mtp_graph
+from step35_trt.dialects.onnx_cpu import CpuSpelling
 from step35_trt.dialects.onnx_ort import OrtSpelling
 from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UsageError
 from step35_trt.program import Program, Segment
@@ -87,7 +90,7 @@ def export_onnx(
         Step35Error: one of its kinds; nothing is left behind.
     """
     source = Checkpoint.open(checkpoint)
-    store = WeightStore(source, recipe)
+    store = WeightStore(source, recipe, spelling.layout)
     graphs = _graphs(source.config, store, spelling)
     if out.exists():
         raise UsageError(f"{out} exists already", "Name another directory with -o.")
@@ -152,10 +155,15 @@ class _Plan:
 
     @classmethod
     def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> _Plan:
-        store = WeightStore(source, recipe)
-        graphs = _graphs(source.config, store, OrtSpelling(recipe.activations == "int8"))
-        program = _program(source.config, graphs)
-        steps = [_weights_step(store, name) for name in store.files]
+        spelling = CpuSpelling() if recipe.activations == "int8" else OrtSpelling(int8_activations=False)
+        store = WeightStore(source, recipe, spelling.layout)
+        graphs = _graphs(source.config, store, spelling)
+        ours = any(OURS in graph.domains for graph in graphs.values())
+        library = f"{KERNELS}/step35-cpu-{platform.machine()}.so" if ours else None
+        program = _program(source.config, graphs, library)
+        # A missing compiler is better said before the long part.
+        steps = [_library_step(library)] if library else []
+        steps += [_weights_step(store, name) for name in store.files]
         steps += [_graph_step(name, graph) for name, graph in graphs.items()]
         steps.append(_bytes_step(PROGRAM, program.model_dump_json(indent=1).encode()))
         for name in TOKENIZER_FILES:
@@ -177,7 +185,7 @@ class _Plan:
             engine=self.spec,
             recipe=self.recipe,
             max_tokens=min(self.spec.max_tokens or limit, limit),
-            notes=_notes(config),
+            notes=_notes(config, self.recipe),
             files={step.file: journal.records[step.file] for step in self.steps},
             model=json.loads((self.source.directory / "config.json").read_text(encoding="utf-8")),
         )
@@ -193,10 +201,11 @@ def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dic
     return graphs
 
 
-def _program(config: Step35Config, graphs: dict[str, GraphWriter]) -> Program:
+def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None = None) -> Program:
     segments = [
         Segment(
             file=name,
+            library=library,
             caches=tuple(graph.caches),
             dense_bytes=graph.bytes_read("all"),
             expert_bytes=graph.bytes_read("experts") // config.moe_num_experts,
@@ -207,9 +216,9 @@ def _program(config: Step35Config, graphs: dict[str, GraphWriter]) -> Program:
     return Program(decoder=(segments[0],), mtp=tuple((segment,) for segment in segments[1:]))
 
 
-def _notes(config: Step35Config) -> tuple[str, ...]:
+def _notes(config: Step35Config, recipe: Recipe) -> tuple[str, ...]:
     clamped = [layer.index for layer in config.layers if layer.moe and layer.routed_limit]
-    if not clamped:
+    if not clamped or recipe.activations == "int8":  # our own operators clamp as Step does
         return ()
     names = ", ".join(map(str, clamped))
     return (
@@ -226,6 +235,14 @@ def _weights_step(store: WeightStore, name: str) -> _Step:
             yield from file.write(stream)
 
     return _Step(name, file.size, write)
+
+
+def _library_step(name: str) -> _Step:
+    def write(path: Path) -> Iterator[int]:
+        compile_library(path, platform.machine())
+        yield 0
+
+    return _Step(name, 0, write)
 
 
 def _graph_step(name: str, graph: GraphWriter) -> _Step:
@@ -328,7 +345,7 @@ def _staged(out: Path, plan: _Plan) -> Iterator[tuple[Path, _Journal]]:
             except BlockingIOError:
                 raise UsageError(f"another build is writing {stage}") from None
             journal = _Journal.open(stage, plan.key)
-            for folder in (bundle.WEIGHTS, TOKENIZER):
+            for folder in (bundle.WEIGHTS, KERNELS, TOKENIZER):
                 (stage / folder).mkdir(exist_ok=True)
             _check_room(stage, plan, journal)
             yield stage, journal

@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 PROGRAM = "program.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "weights"
+KERNELS = "kernels"
 
 
 class FileRecord(BaseModel):

@@ -101,4 +101,6 @@ def _zig(arguments: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise Step35Error(f"the CPU operators do not compile: {lines[0] if lines else 'the compiler gave up'}")
+        raise Step35Error(
+            f"the CPU operators do not compile: {lines[0] if lines else 'the compiler gave up'}"
+        )

@@ -32,6 +32,7 @@ class CacheSpec(BaseModel):
 class Segment(BaseModel):
     """A compiled piece of dense algebra and plugins, run by one back end.
 
+    `library` holds the operators of ours that the graph uses, compiled for one kind of processor.
     `dense_bytes` of weights are read in every call, `expert_bytes` is one expert of every MoE layer together.
     """
 
@@ -39,6 +40,7 @@ class Segment(BaseModel):
     kind: Literal["segment"] = "segment"
     file: str
     backend: Literal["onnxruntime"] = "onnxruntime"
+    library: str | None = None
     caches: tuple[CacheSpec, ...]
     dense_bytes: int
     expert_bytes: int

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 import numpy as np
 
 from step35_trt.errors import CorruptInputError
+from step35_trt.quantize import cpu_layout
 from step35_trt.quantize.blocks import block_size, quantize_blocks
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
 SLICE_BYTES = 64 << 20  # fp32 bytes handled at once
-SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8"}
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8"}
+
+# How 4-bit weights lie: block after block as ONNX Runtime's operators take them, or in the tiles of ours.
+Layout = Literal["blocks", "tiles"]
 
 Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
 
@@ -48,9 +53,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as an operator takes it: `bits` 32 (fp32), 8 or 4; `scales` and `block` where quantised."""
+    """A weight `[..., N, K]` as an operator takes it.
+
+    `bits` is 32 (fp32), 8 or 4; `scales` and `block` are there where it is quantised.
+    """
 
     bits: int
+    shape: tuple[int, ...]
     values: Placed
     scales: Placed | None = None
     block: int = 0
@@ -58,7 +67,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Experts:
-    """Stacked experts: gate and up rows interleaved in `up`, as ONNX Runtime's fused SwiGLU takes them."""
+    """Stacked experts; `up` holds gate and up rows, interleaved one by one or, in tiles, by sixteens."""
 
     up: Matrix
     down: Matrix
@@ -132,6 +141,7 @@ class WeightStore:
 
     checkpoint: Checkpoint
     recipe: Recipe
+    layout: Layout = "blocks"
     files: dict[str, WeightFile] = field(default_factory=dict)
     _vectors: dict[tuple[str, float], Placed] = field(default_factory=dict)
     _matrices: dict[tuple[str, int], Matrix] = field(default_factory=dict)
@@ -149,13 +159,17 @@ class WeightStore:
             self._vectors[name, plus] = self._file(name).place(stored, "float32", shape, chunks)
         return self._vectors[name, plus]
 
-    def matrix(self, name: str, *, precision: int | None = None) -> Matrix:
-        """A 2-D weight `[N, K]` in the recipe's precision, or in `precision` bits."""
-        rule = self.recipe.rule(name)
-        bits = precision or {"fp32": 32, "int8": 8, "int4": 4}[rule.precision]
+    def bits(self, name: str) -> int:
+        """Width of a weight's values in the recipe's precision."""
+        return BITS[self.recipe.rule(name).precision]
+
+    def matrix(self, name: str, *, fp32: bool = False) -> Matrix:
+        """A weight `[..., N, K]` in the recipe's precision, or in fp32."""
+        bits = 32 if fp32 else self.bits(name)
         if (name, bits) not in self._matrices:
             source = _Rows(self.checkpoint, name)
-            self._matrices[name, bits] = self._place(name, name, source, bits, rule.block)
+            most = self.recipe.rule(name).block
+            self._matrices[name, bits] = self._place(name, name, source, bits, most)
         return self._matrices[name, bits]
 
     def experts(self, prefix: str, stretch: float) -> Experts:
@@ -167,8 +181,12 @@ class WeightStore:
         if prefix not in self._experts:
             gate, up, down = (f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
             rule = self.recipe.rule(up)
-            bits = {"fp32": 32, "int8": 8, "int4": 4}[rule.precision]
-            sources = _GateUp(self.checkpoint, gate, up, stretch), _Rows(self.checkpoint, down, 1 / stretch)
+            bits = self.bits(up)
+            tiles = self.layout == "tiles" and bits == 4
+            sources = (
+                _GateUp(self.checkpoint, gate, up, stretch, tiles),
+                _Rows(self.checkpoint, down, 1 / stretch),
+            )
             # The operator has one block size for both products.
             common = block_size(rule.block, *(source.shape[-1] for source in sources))
             self._experts[prefix] = Experts(
@@ -188,9 +206,9 @@ class WeightStore:
     def _place(self, weight: str, stored: str, source: _Source, bits: int, most: int) -> Matrix:
         file, shape = self._file(weight), source.shape
         if bits == 32:
-            return Matrix(32, file.place(stored, "float32", shape, source.slices))
+            return Matrix(32, shape, file.place(stored, "float32", shape, source.slices))
         block = block_size(most, shape[-1])
-        blocks = shape[-1] // block
+        tiles = self.layout == "tiles" and bits == 4
         cache = _Scales()
 
         def codes() -> Iterator[NDArray[np.generic]]:
@@ -198,8 +216,12 @@ class WeightStore:
             for part in source.slices():
                 if not np.isfinite(part).all():
                     raise CorruptInputError(f"{stored} holds a NaN or an infinity")
-                packed, scales = quantize_blocks(part, bits, block)
-                cache.parts.append(scales)
+                packed, factors = quantize_blocks(part, bits, block)
+                if tiles:
+                    packed, small = cpu_layout.tile(packed, factors)
+                    cache.parts.append(small)
+                else:
+                    cache.parts.append(factors)
                 yield packed
 
         def scales() -> Iterator[NDArray[np.generic]]:
@@ -207,17 +229,22 @@ class WeightStore:
             yield from cache.parts
             cache.parts.clear()
 
-        lead = shape[:-1]
-        # MatMulNBits counts blocks in a dimension of their own; the stacked and gathered forms do not.
-        packed_row = (shape[-1] * bits // 8,) if len(shape) == 3 or bits == 8 else (blocks, block * bits // 8)
-        values = file.place(f"{stored}.int{bits}", "uint8", (*lead, *packed_row), codes)
-        placed = file.place(f"{stored}.scales", "float32", (*lead, blocks), scales)
-        return Matrix(bits, values, placed, block)
+        if tiles:
+            value_shape, scale_shape = cpu_layout.tiled_shapes(shape, block)
+        else:
+            blocks = shape[-1] // block
+            # MatMulNBits counts blocks in a dimension of their own; the stacked and gathered forms do not.
+            flat = len(shape) == 3 or bits == 8
+            packed_row = (shape[-1] * bits // 8,) if flat else (blocks, block * bits // 8)
+            value_shape, scale_shape = (*shape[:-1], *packed_row), (*shape[:-1], blocks)
+        values = file.place(f"{stored}.int{bits}", "uint8", value_shape, codes)
+        placed = file.place(f"{stored}.scales", "float16" if tiles else "float32", scale_shape, scales)
+        return Matrix(bits, shape, values, placed, block)
 
 
 @dataclass
 class _Scales:
-    parts: list[NDArray[np.float32]] = field(default_factory=list)
+    parts: list[NDArray[np.floating]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -235,6 +262,8 @@ class _Rows:
     def slices(self) -> Iterator[NDArray[np.float32]]:
         shape = self.shape
         step = max(1, SLICE_BYTES // (4 * int(np.prod(shape[1:]))))
+        if len(shape) == 2:
+            step = max(cpu_layout.TILE, step // cpu_layout.TILE * cpu_layout.TILE)  # no slice cuts a tile
         for start in range(0, shape[0], step):
             part = self.checkpoint.read(self.name, slice(start, start + step))
             yield part if self.factor == 1 else part * np.float32(self.factor)
@@ -242,12 +271,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _GateUp:
-    """Gate and up rows of each expert, interleaved."""
+    """Gate and up rows of each expert, interleaved one by one or tile by tile."""
 
     checkpoint: Checkpoint
     gate: str
     up: str
     factor: float
+    tiles: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -259,7 +289,10 @@ class _GateUp:
             gate, up = self.checkpoint.read(self.gate, expert), self.checkpoint.read(self.up, expert)
             if self.factor != 1:
                 up *= np.float32(self.factor)
-            yield np.stack([gate, up], axis=1).reshape(1, -1, gate.shape[-1])
+            if self.tiles:
+                yield cast("NDArray[np.float32]", cpu_layout.interleave_gate_up(gate, up)[None])
+            else:
+                yield np.stack([gate, up], axis=1).reshape(1, -1, gate.shape[-1])
 
 
 _Source = _Rows | _GateUp

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
     from step35_trt.config import LayerSpec, Step35Config
     from step35_trt.program import CacheSpec
-    from step35_trt.weight_store import Matrix, Placed, WeightStore
+    from step35_trt.weight_store import Layout, Matrix, Placed, WeightStore
 
     Attribute = int | float | str | Sequence[int] | ir.Graph
 
 OPSET = 24
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
+OURS = "step35"
 
 # How much of a weight one call reads: all of it, the chosen experts, or a row for each token.
 Reads = Literal["all", "experts", "rows"]
@@ -45,6 +46,11 @@ class VectorRef:
 
 class Spelling(Protocol):
     """How the parts that differ between operator sets are written."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its operators want 4-bit weights."""
+        ...
 
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """`x Wᵀ`: `[t, K]` to `[t, N]`."""
@@ -94,12 +100,18 @@ class GraphWriter:
         """A standard operator with one output."""
         return self.tape.op(kind, inputs, attributes)
 
-    def contrib(
-        self, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int | float | str]
+    def foreign(
+        self,
+        domain: str,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, int | float | str],
+        shape: Sequence[int | str | None] | ir.Shape | None,
     ) -> ir.Value:
-        """One of ONNX Runtime's contributed operators; its fp32 result has a shape inference cannot know."""
-        value = self.tape.op(kind, inputs, attributes, domain=CONTRIB)
+        """An operator of another domain with one fp32 output, whose shape inference cannot know."""
+        value = self.tape.op(kind, inputs, attributes, domain=domain)
         value.type = ir.TensorType(ir.DataType.FLOAT)
+        value.shape = None if shape is None else ir.Shape(shape)
         return value
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -133,6 +145,11 @@ class GraphWriter:
             value = self.tape.initializer(tensor, placed.name)
             self._initializers[placed.name] = value
         return self._initializers[placed.name]
+
+    @property
+    def domains(self) -> set[str]:
+        """Operator sets in use besides the standard one."""
+        return {node.domain for node in self.tape.nodes} - {""}
 
     def bytes_read(self, reads: Reads) -> int:
         """Bytes of the weights that are read in this way."""
@@ -191,11 +208,9 @@ class GraphWriter:
             list(self.outputs.values()),
             nodes=self.tape.nodes,
             initializers=self.tape.initializers,
-            opset_imports={"": OPSET, CONTRIB: 1},
+            opset_imports={"": OPSET} | dict.fromkeys(sorted(self.domains), 1),
             name=name,
         )
-        if all(node.domain != CONTRIB for node in self.tape.nodes):
-            del graph.opset_imports[CONTRIB]
         return ir.Model(
             graph, ir_version=IR_VERSION, producer_name="step35-trt", producer_version=__version__
         )
@@ -238,7 +253,7 @@ class OnnxOps:
 
     def linear_fp32(self, x: ir.Value, weight: str) -> ir.Value:
         """See `Ops`."""
-        return self.spelling.linear(self.g, x, self.g.store.matrix(weight, precision=32))
+        return self.spelling.linear(self.g, x, self.g.store.matrix(weight, fp32=True))
 
     def bias(self, x: ir.Value, vector: VectorRef) -> ir.Value:
         """See `Ops`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from step35_trt.dialects.onnx import CONTRIB
 from step35_trt.program import CacheKind, CacheSpec
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from step35_trt.config import LayerSpec
     from step35_trt.dialects.onnx import GraphWriter
-    from step35_trt.weight_store import Matrix
+    from step35_trt.weight_store import Layout, Matrix
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,25 @@ class OrtSpelling:
 
     int8_activations: bool
 
+    @property
+    def layout(self) -> Layout:
+        """See `Spelling`."""
+        return "blocks"
+
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
         if weight.scales is None:
             return g.op("Gemm", x, g.weight(weight.values), transB=1)
-        n = weight.scales.shape[0]
+        n, k = weight.shape
         attributes: dict[str, int | float | str] = {
-            "K": weight.scales.shape[1] * weight.block,
+            "K": k,
             "N": n,
             "bits": weight.bits,
             "block_size": weight.block,
             "accuracy_level": self._accuracy,
         }
-        out = g.contrib("MatMulNBits", [x, g.weight(weight.values), g.weight(weight.scales)], attributes)
-        return _shaped(out, (None, n))
+        inputs = [x, g.weight(weight.values), g.weight(weight.scales)]
+        return g.foreign(CONTRIB, "MatMulNBits", inputs, attributes, (None, n))
 
     def embedding(self, g: GraphWriter, token_ids: ir.Value, weight: str) -> ir.Value:
         """See `Spelling`."""
@@ -58,14 +64,12 @@ class OrtSpelling:
             "quantize_axis": 1,
         }
         inputs = [g.weight(matrix.values, "rows"), token_ids, g.weight(matrix.scales, "rows")]
-        width = matrix.scales.shape[1] * matrix.block
-        return _shaped(g.contrib("GatherBlockQuantized", inputs, attributes), (None, width))
+        width = matrix.shape[1]
+        return g.foreign(CONTRIB, "GatherBlockQuantized", inputs, attributes, (None, width))
 
     def silu(self, g: GraphWriter, x: ir.Value) -> ir.Value:
         """See `Spelling`."""
-        out = g.contrib("QuickGelu", [x], {"alpha": 1.0})
-        out.shape = x.shape
-        return out
+        return g.foreign(CONTRIB, "QuickGelu", [x], {"alpha": 1.0}, x.shape)
 
     def attend(self, g: GraphWriter, q: ir.Value, k: ir.Value, v: ir.Value, layer: LayerSpec) -> ir.Value:
         """See `Spelling`."""
@@ -99,11 +103,12 @@ class OrtSpelling:
             [q, k, v, *past, last, total],
             attributes,
             num_outputs=3,
-            domain="com.microsoft",
+            domain=CONTRIB,
         )
         g.cached(spec, keys, values)
         out.type = ir.TensorType(ir.DataType.FLOAT)
-        return _shaped(out, (1, None, layer.query_heads * layer.head_dim))
+        out.shape = ir.Shape((1, None, layer.query_heads * layer.head_dim))
+        return out
 
     def experts(
         self,
@@ -131,9 +136,8 @@ class OrtSpelling:
             attributes["swiglu_limit"] = before
         up, down = g.weight(stored.up.values, "experts"), g.weight(stored.down.values, "experts")
         if stored.up.scales is None or stored.down.scales is None:
-            out = g.contrib(
-                "MoE", [x, _as_log_softmax(g, selection, weights, top_k), up, None, down], attributes
-            )
+            mixing = _as_log_softmax(g, selection, weights, top_k)
+            out = g.foreign(CONTRIB, "MoE", [x, mixing, up, None, down], attributes, x.shape)
         else:
             attributes |= {
                 "expert_weight_bits": stored.up.bits,
@@ -142,8 +146,7 @@ class OrtSpelling:
             }
             up_scales, down_scales = (g.weight(m, "experts") for m in (stored.up.scales, stored.down.scales))
             inputs = [x, selection, up, up_scales, None, down, down_scales]
-            out = g.contrib("QMoE", [*inputs, *[None] * 7, weights], attributes)
-        out.shape = x.shape
+            out = g.foreign(CONTRIB, "QMoE", [*inputs, *[None] * 7, weights], attributes, x.shape)
         return g.op("Mul", out, g.constant(float(scale)))
 
     @property
@@ -175,10 +178,3 @@ def _as_log_softmax(g: GraphWriter, selection: ir.Value, weights: ir.Value, top_
 
 def _one(g: GraphWriter) -> ir.Value:
     return g.constant(np.array([1], np.int32))
-
-
-def _shaped(value: ir.Value, shape: tuple[int | None, ...]) -> ir.Value:
-    import onnx_ir as ir
-
-    value.shape = ir.Shape(shape)
-    return value

@@ -19,12 +19,17 @@ from step35_trt.program import CacheSpec
 if TYPE_CHECKING:
     from step35_trt.config import LayerSpec
     from step35_trt.dialects.onnx import GraphWriter
-    from step35_trt.weight_store import Matrix, Placed
+    from step35_trt.weight_store import Layout, Matrix, Placed
 
 
 @dataclass(frozen=True)
 class StandardSpelling:
     """`Spelling` in standard operators, for fp32 weights."""
+
+    @property
+    def layout(self) -> Layout:
+        """See `Spelling`."""
+        return "blocks"
 
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
@@ -86,7 +91,7 @@ class StandardSpelling:
         mix = g.op("Mul", g.op("Div", mix, total), g.constant(float(scale)))
         names = [f"{experts}.{part}_proj.weight" for part in ("gate", "up", "down")]
         body = _one_token(
-            [g.weight(g.store.matrix(name, precision=32).values, "experts") for name in names], limit, experts
+            [g.weight(g.store.matrix(name, fp32=True).values, "experts") for name in names], limit, experts
         )
         return g.op("Scan", x, chosen, mix, body=body, num_scan_inputs=3)
 

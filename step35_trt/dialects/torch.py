@@ -225,8 +225,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: int, window: int) -> Tensor:
     seen = distance >= 0
     if window:
         seen &= distance < window
-    heads_first = (
+    q, k, v = (
         x.transpose(0, 1)[None] for x in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1))
     )
-    out = functional.scaled_dot_product_attention(*heads_first, attn_mask=seen.to(q.device))
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.to(q.device))
     return out[0].transpose(0, 1)

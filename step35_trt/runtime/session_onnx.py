@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from step35_trt.errors import CorruptInputError, DoesNotFitError
+from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError
 from step35_trt.runtime.kv_cache import SequenceCache
 from step35_trt.runtime.session import Step
 
@@ -21,17 +22,24 @@ if TYPE_CHECKING:
     from step35_trt.runtime.session import Floats, Ids
 
 
-def inference_session(model: Path, threads: int = 0) -> ort.InferenceSession:
-    """Load a graph. Threads 0: one for each core.
+def inference_session(model: Path, library: Path | None = None) -> ort.InferenceSession:
+    """Load a graph and the operators it needs; one thread for each core.
 
     Raises:
+        UnsupportedError: the operators were compiled for another kind of processor.
         CorruptInputError: the runtime refuses the file.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Between two calls the sampler needs the cores; spinning workers would hold them.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if library is not None:
+        if platform.machine() not in library.name:
+            raise UnsupportedError(
+                f"the bundle's operators {library.name} are not for this machine ({platform.machine()})",
+                "Build the bundle on a machine of this kind.",
+            )
+        options.register_custom_ops_library(str(library))
     try:
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions have no common base
@@ -53,7 +61,8 @@ class OnnxSession:
     def graph(self, segment: Segment) -> ort.InferenceSession:
         """The loaded graph of a segment."""
         if segment.file not in self._loaded:
-            self._loaded[segment.file] = inference_session(self.directory / segment.file)
+            library = self.directory / segment.library if segment.library else None
+            self._loaded[segment.file] = inference_session(self.directory / segment.file, library)
         return self._loaded[segment.file]
 
     def open(self) -> OnnxSequence:
