@@ -28,8 +28,8 @@ check: .venv/dev ## lint and types
 	$(BIN)/mypy
 
 bench: .venv/dev ## what the README's figures come from
-	$(BIN)/python benchmarks/mtp.py
-	$(BIN)/python benchmarks/cpu_slice.py
+	$(BIN)/python -m benchmarks.mtp
+	$(BIN)/python -m benchmarks.cpu_slice
 
 clean:
 	rm -rf .venv build

@@ -61,7 +61,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"engine": options.engine, "depths": rows, "acceptance_by_head": acceptance}))
         return
-    print(f"nano, {options.engine}, {options.prompts} prompts x {options.tokens} tokens, greedy, held-out text")
+    print(
+        f"nano, {options.engine}, {options.prompts} prompts x {options.tokens} tokens, greedy, held-out text"
+    )
     for depth, row in rows.items():
         print(
             f"drafts {depth:>4}: {row['tokens_per_second']:7.1f} tokens/s {row['quartiles']}, "

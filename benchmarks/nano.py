@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,8 @@ from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from step35_trt.runtime.session import Session
 
 

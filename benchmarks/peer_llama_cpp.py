@@ -37,6 +37,7 @@ PREFILL, CONTEXT = 64, 256
 # Tokens of one call, and how many such calls a round holds: the short ones are the noisy ones.
 CALLS = {1: 4, 4: 2, 64: 1}
 BANDWIDTH_BYTES = 512 << 20
+LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: an fp16 scale and 32 nibbles
 
 
@@ -225,7 +226,7 @@ class Session:
         messages: list[str] = []
 
         def log(level: int, text: bytes, _data: Any) -> None:
-            if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
+            if level == LOG_ERROR:
                 messages.append(text.decode("utf-8", "replace").strip())
 
         self._log: Any = llama_cpp.llama_log_callback(log)  # llama.cpp holds no reference to it

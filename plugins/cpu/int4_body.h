@@ -17,6 +17,7 @@ typedef float lanes_f __attribute__((vector_size(64)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define TWICE _Pragma("clang loop unroll_count(2)")
 
 enum {
   DIRECT_ROWS = 8,    // up to here codes are expanded as they are read: memory is the limit
@@ -52,13 +53,11 @@ INLINE size_t ahead(size_t b, size_t blocks, size_t block, size_t tiles) {
 
 // Few rows: `tiles` streams, codes expanded in registers, all rows from one reading.
 INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_t tile,
-                   const struct int8_rows *x, const int32_t *pick, float *y, size_t stride) {
+                   const struct int8_rows *x, const size_t *at, float *y, size_t stride) {
   size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
   const uint8_t *codes = w->codes + tile * bytes;
   const uint16_t *scales = w->scales + tile * blocks * TILE;
-  size_t at[DIRECT_ROWS];
   lanes_f sum[DIRECT_ROWS][4] = {0};
-  UNROLL for (size_t t = 0; t < rows; t++) at[t] = pick ? (size_t)pick[t] : t;
   for (size_t b = 0; b < blocks; b++) {
     lanes_i acc[DIRECT_ROWS][4];
     const int8_t *xs[DIRECT_ROWS];
@@ -70,7 +69,7 @@ INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_
     size_t early = ahead(b, blocks, block, tiles);
     UNROLL for (size_t r = 0; r < tiles; r++) __builtin_prefetch(scales + (r * blocks + b + 4) * TILE);
     const uint8_t *group = codes + b * block * (TILE / 2);
-    _Pragma("clang loop unroll_count(2)") for (size_t k = 0; k < block; k += 8, group += 64) {
+    TWICE for (size_t k = 0; k < block; k += 8, group += 64) {
       lanes_u raw[4];
       UNROLL for (size_t r = 0; r < tiles; r++) {
         raw[r] = load_codes(group + r * bytes);
@@ -94,10 +93,10 @@ INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_
     UNROLL for (size_t r = 0; r < tiles; r++) memcpy(y + t * stride + r * TILE, &sum[t][r], sizeof sum[t][r]);
 }
 
-// A register tile of one block: `rows` rows by `tiles` tiles whose codes are already single bytes.
-INLINE void panel_rows(size_t rows, size_t tiles, const uint8_t *wide, const lanes_f *scale, size_t b,
+// A register tile of one block: `rows` rows by PANEL_TILES tiles whose codes are already single bytes.
+INLINE void panel_rows(size_t rows, const uint8_t *wide, const lanes_f *scale, size_t b,
                        const struct int8_rows *x, const size_t *at, lanes_f (*sum)[PANEL_TILES]) {
-  size_t block = x->block;
+  size_t block = x->block, tiles = PANEL_TILES;
   lanes_i acc[PANEL_ROWS][PANEL_TILES];
   const int8_t *xs[PANEL_ROWS];
   UNROLL for (size_t t = 0; t < rows; t++) {
@@ -105,7 +104,7 @@ INLINE void panel_rows(size_t rows, size_t tiles, const uint8_t *wide, const lan
     lanes_i offset = x->offsets[b * x->count + at[t]] - (lanes_i){0};
     UNROLL for (size_t r = 0; r < tiles; r++) acc[t][r] = offset;
   }
-  _Pragma("clang loop unroll_count(2)") for (size_t k = 0; k < block; k += 4) {
+  TWICE for (size_t k = 0; k < block; k += 4) {
     lanes_u codes[PANEL_TILES];
     UNROLL for (size_t r = 0; r < tiles; r++) codes[r] = load_codes(wide + (k / 4 * tiles + r) * 64);
     UNROLL for (size_t t = 0; t < rows; t++) {
@@ -119,71 +118,73 @@ INLINE void panel_rows(size_t rows, size_t tiles, const uint8_t *wide, const lan
 }
 
 // Many rows: a block's codes are expanded once and used by up to PANEL_COUNT rows.
-INLINE void panel(size_t tiles, const struct int4_matrix *w, size_t tile, const struct int8_rows *x,
-                  const size_t *at, size_t count, float *y, size_t stride) {
+static void panel(const struct int4_matrix *w, size_t tile, const struct int8_rows *x, const size_t *at,
+                  size_t count, float *y, size_t stride) {
+  enum { TILES = PANEL_TILES };
   size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
   const uint8_t *codes = w->codes + tile * bytes;
   const uint16_t *scales = w->scales + tile * blocks * TILE;
-  _Alignas(64) uint8_t wide[MOST_BLOCK * TILE * PANEL_TILES];
-  lanes_f sum[PANEL_COUNT][PANEL_TILES], scale[PANEL_TILES];
+  _Alignas(64) uint8_t wide[MOST_BLOCK * TILE * TILES];
+  lanes_f sum[PANEL_COUNT][TILES], scale[TILES];
   memset(sum, 0, count * sizeof sum[0]);
   for (size_t b = 0; b < blocks; b++) {
-    size_t early = ahead(b, blocks, block, tiles);
+    size_t early = ahead(b, blocks, block, TILES);
     const uint8_t *group = codes + b * block * (TILE / 2);
-    for (size_t k = 0; k < block / 8; k++, group += 64)
-      UNROLL for (size_t r = 0; r < tiles; r++) {
+    uint8_t *to = wide;
+    for (size_t k = 0; k < block / 8; k++, group += 64, to += 128 * TILES)
+      UNROLL for (size_t r = 0; r < TILES; r++) {
         lanes_u raw = load_codes(group + r * bytes);
         lanes_u low = raw & 0x0f0f0f0fu, high = raw >> 4 & 0x0f0f0f0fu;
         __builtin_prefetch(group + r * bytes + early);
-        memcpy(wide + (2 * k * tiles + r) * 64, &low, 64);
-        memcpy(wide + ((2 * k + 1) * tiles + r) * 64, &high, 64);
+        memcpy(to + r * 64, &low, 64);
+        memcpy(to + (TILES + r) * 64, &high, 64);
       }
-    UNROLL for (size_t r = 0; r < tiles; r++) scale[r] = half_to_float(scales + (r * blocks + b) * TILE);
+    UNROLL for (size_t r = 0; r < TILES; r++) scale[r] = half_to_float(scales + (r * blocks + b) * TILE);
     size_t t = 0;
-    for (; t + PANEL_ROWS <= count; t += PANEL_ROWS)
-      panel_rows(PANEL_ROWS, tiles, wide, scale, b, x, at + t, sum + t);
+    for (; t + PANEL_ROWS <= count; t += PANEL_ROWS) panel_rows(PANEL_ROWS, wide, scale, b, x, at + t, sum + t);
     switch (count - t) {
-#define REST(n) case n: panel_rows(n < PANEL_ROWS ? n : PANEL_ROWS, tiles, wide, scale, b, x, at + t, sum + t); break;
+#define REST(n) case n: panel_rows(n < PANEL_ROWS ? n : 1, wide, scale, b, x, at + t, sum + t); break;
       REST(1) REST(2) REST(3) REST(4) REST(5)
 #undef REST
       default: break;
     }
   }
-  for (size_t t = 0; t < count; t++) memcpy(y + t * stride, sum[t], tiles * sizeof sum[t][0]);
+  for (size_t t = 0; t < count; t++) memcpy(y + t * stride, sum[t], sizeof sum[t]);
 }
 
-static void panels(const struct int4_matrix *w, size_t tile, size_t tiles, const struct int8_rows *x,
-                   const int32_t *pick, size_t count, float *y, size_t stride) {
-  for (size_t done = 0; done < count; done += PANEL_COUNT) {
-    size_t at[PANEL_COUNT], rows = count - done < PANEL_COUNT ? count - done : PANEL_COUNT;
-    for (size_t t = 0; t < rows; t++) at[t] = pick ? (size_t)pick[done + t] : done + t;
-    if (tiles == PANEL_TILES)
-      panel(PANEL_TILES, w, tile, x, at, rows, y + done * stride, stride);
-    else
-      for (size_t r = 0; r < tiles; r++)
-        panel(1, w, tile + r, x, at, rows, y + done * stride + r * TILE, stride);
+// Up to PANEL_COUNT rows, those at `at`.
+static void multiply_some(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,
+                          const size_t *at, size_t count, float *y, size_t stride) {
+  size_t tile = begin;
+  switch (count) {
+#define DIRECT(n)                                                                      \
+  case n:                                                                              \
+    for (; tile + DIRECT_TILES(n) <= end; tile += DIRECT_TILES(n))                     \
+      direct(n, DIRECT_TILES(n), w, tile, x, at, y + (tile - begin) * TILE, stride);   \
+    break;
+    DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4) DIRECT(5) DIRECT(6) DIRECT(7) DIRECT(8)
+#undef DIRECT
+    default:
+      for (; tile + PANEL_TILES <= end; tile += PANEL_TILES)
+        panel(w, tile, x, at, count, y + (tile - begin) * TILE, stride);
   }
+  // The few tiles left of an odd width.
+  for (; tile < end; tile++)
+    for (size_t t = 0; t < count; t++)
+      direct(1, 1, w, tile, x, at + t, y + t * stride + (tile - begin) * TILE, stride);
 }
 
 static void multiply(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,
                      const int32_t *pick, size_t count, float *y, size_t stride) {
-  size_t tile = begin;
-#define DIRECT(n)                                                                        \
-  case n:                                                                                \
-    for (; tile + DIRECT_TILES(n) <= end; tile += DIRECT_TILES(n))                       \
-      direct(n, DIRECT_TILES(n), w, tile, x, pick, y + (tile - begin) * TILE, stride);   \
-    for (; tile < end; tile++) direct(n, 1, w, tile, x, pick, y + (tile - begin) * TILE, stride); \
-    break;
-  switch (count) {
-    case 0: break;
-    DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4) DIRECT(5) DIRECT(6) DIRECT(7) DIRECT(8)
-    default:
-      for (; tile < end; tile += PANEL_TILES) {
-        size_t tiles = end - tile < PANEL_TILES ? end - tile : PANEL_TILES;
-        panels(w, tile, tiles, x, pick, count, y + (tile - begin) * TILE, stride);
-      }
-  }
-#undef DIRECT
+  // Tiles outside, rows inside: a group of tiles stays in the second-level cache for all rows.
+  size_t step = count <= PANEL_COUNT ? end - begin : PANEL_TILES;
+  for (size_t tile = begin; tile < end; tile += step)
+    for (size_t done = 0; done < count; done += PANEL_COUNT) {
+      size_t at[PANEL_COUNT], rows = count - done < PANEL_COUNT ? count - done : PANEL_COUNT;
+      for (size_t t = 0; t < rows; t++) at[t] = pick ? (size_t)pick[done + t] : done + t;
+      multiply_some(w, tile, end - tile < step ? end : tile + step, x, at, rows,
+                    y + done * stride + (tile - begin) * TILE, stride);
+    }
 }
 
 #include "int4_rows.h"

@@ -112,8 +112,9 @@ class DraftChain:
         weights: list[Weights] = []
         for module in range(depth):
             first = self._sequence.draft_length(module)
-            # One call for all rows that rest on drafts: only the latest call's rows can be taken back.
-            ids = [*tokens[first + 1 + module :], *drafts][first - self._rows :]
+            # Counted from the end: row n-1 takes the newest draft (module 0: the newest token), n-2 the one
+            # before. All rows that rest on drafts go into one call, as only the latest call's can be undone.
+            ids = [*tokens[first + 1 :], *drafts][first - self._rows :]
             step = self._run(module, ids, np.array([len(ids) - 1], dtype=np.int64))
             if params.greedy:
                 drafts.append(int(greedy(step.logits)[0]))

@@ -237,8 +237,9 @@ def generate(
             depth then follows from acceptance and assumed costs, as measured ones differ from run to run.
         max_tokens: Tokens to generate at most; the context limit may end the answer earlier.
         stop_ids: Ids that end the answer; they are not given out.
-        draft_tokens: Drafts per round, 0 .. number of MTP modules; 'auto' adapts. The answer's distribution
-            (greedy: the answer) does not depend on it. With 0 the MTP modules never run.
+        draft_tokens: Drafts per round, 0 .. number of MTP modules, fewer where a call takes too few tokens to
+            verify them; 'auto' adapts. The answer's distribution (greedy: the answer) does not depend on it.
+            With 0 the MTP modules never run.
         stats: Filled while running, if given.
         policy: For 'auto': what an earlier call learned about costs and acceptance, to go on learning. It
             belongs to one generation at a time and is ignored for seeded sampling.

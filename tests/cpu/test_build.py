@@ -199,16 +199,18 @@ def _edited(source: Path, tmp_path: Path, edit: Callable[[dict[str, np.ndarray]]
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("engine", ["cpu-int4", "cpu-fp32"])
-def test_a_weight_that_is_not_finite(source: Path, tmp_path: Path, name: str, value: float, engine: str) -> None:
+def test_a_weight_that_is_not_finite(
+    source: Path, tmp_path: Path, name: str, value: float, engine: str
+) -> None:
     def edit(weights: dict[str, np.ndarray]) -> None:
         weights[name].reshape(-1)[-1] = value
 
     out = tmp_path / "bundle"
     with pytest.raises(CorruptInputError, match="NaN or an infinity") as caught:
         build(_edited(source, tmp_path, edit), out, EngineSpec.load(engine))
-    assert name.split(".weight")[0].replace("down_proj", "down").replace("up_proj", "gate_up").replace(
-        "q_gate_up", "q_proj"
-    ) in caught.value.message.replace("up_proj", "gate_up")
+    assert name.split(".weight", maxsplit=1)[0].replace("down_proj", "down").replace(
+        "up_proj", "gate_up"
+    ).replace("q_gate_up", "q_proj") in caught.value.message.replace("up_proj", "gate_up")
     assert not out.exists()
 
 
@@ -245,7 +247,9 @@ def test_disk_full(source: Path, whole: dict[str, bytes], tmp_path: Path) -> Non
     assert contents(out) == whole
 
 
-def test_not_enough_room_is_said_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_enough_room_is_said_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     with pytest.raises(DoesNotFitError, match="GB free"):

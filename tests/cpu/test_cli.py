@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-
 from step35_trt import cli
 from tests.cpu.dialects.test_torch import expected, relative
 from tests.oracle import Oracle
 
 if TYPE_CHECKING:
     from pathlib import Path
-
 
 
 @pytest.fixture
@@ -153,7 +151,13 @@ def test_export_onnx(run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_sentence(  # type: ignore[no-untyped-def]
-    run, bundle: Path, checkpoints: dict[str, Path], tmp_path: Path, arguments: list[str], code: int, says: str
+    run,
+    bundle: Path,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    says: str,
 ) -> None:
     places = {"bundle": bundle, "tmp": tmp_path, "source": checkpoints["small-window"]}
     got, out, err = run(*(argument.format(**places) for argument in arguments))

@@ -38,7 +38,9 @@ def test_the_layout_is_what_the_header_says():
 
 
 def test_row_groups_can_be_written_one_by_one():
-    codes, scales = quantize_blocks(np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32), 4, 64)
+    codes, scales = quantize_blocks(
+        np.random.default_rng(1).standard_normal((50, 128)).astype(np.float32), 4, 64
+    )
     whole = tile(codes, scales)
     parts = [tile(codes[i : i + 16], scales[i : i + 16]) for i in range(0, 50, 16)]
     for i in (0, 1):

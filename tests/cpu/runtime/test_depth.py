@@ -106,7 +106,7 @@ def test_it_notices_that_rounds_have_become_dearer() -> None:
 
 def test_a_warm_up_or_a_hiccup_does_not_decide() -> None:
     controller = DepthController(3)
-    for seconds in (500.0, 1.0, 1.0, 1.0):
+    for seconds in (500.0, 1.0, 7.0, 1.0):
         controller.record(0, 0, seconds)
     assert controller.costs[0] == pytest.approx(1.0)
     controller.record(0, 0, 500.0)

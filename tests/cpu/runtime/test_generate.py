@@ -85,12 +85,14 @@ class Scripted:
 
     def __init__(self, depths: list[int]) -> None:
         self.depths, self.round = depths, 0
+        self.seconds: list[float] = []
 
     def choose(self, limit: int) -> int:
         return min(self.depths[self.round % len(self.depths)], limit)
 
     def record(self, depth: int, accepted: int, seconds: float) -> None:
         self.round += 1
+        self.seconds.append(seconds)
 
 
 @settings(max_examples=150, deadline=None)
@@ -334,6 +336,19 @@ def test_stats_are_the_numbers() -> None:
     # A second answer starts from zero.
     list(generate(session, [1], GREEDY, max_tokens=1, stats=stats))
     assert (stats.prompt_tokens, stats.generated_tokens, stats.rounds, stats.drafted) == (1, 1, 0, [0, 0, 0])
+
+
+def test_a_backlog_is_time_spent_but_not_what_the_depth_costs() -> None:
+    session, policy, stats = FakeSession(FakeModel.drawn(2)), Scripted([0] * 50 + [3]), GenerationStats()
+    answer = generate(session, [1], GREEDY, max_tokens=90, policy=policy, stats=stats, clock=session.clock)
+    for _ in range(51):
+        next(answer)
+    before, spent = session.clock.now, stats.decode_seconds
+    next(answer)
+    assert session.clock.now - before > 3 * 45 * session.draft_seconds
+    assert stats.decode_seconds - spent == pytest.approx(session.clock.now - before)
+    assert policy.seconds[:50] == pytest.approx([1.0] * 50)
+    assert policy.seconds[50] == pytest.approx(1 + 3 * 0.25 + (1 + 1 + 2) * 0.125)
 
 
 @pytest.mark.parametrize(("noise", "draft_seconds", "best"), [(0.0, 0.01, 3), (0.0, 5.0, 0), (50.0, 0.2, 0)])

@@ -1,0 +1,100 @@
+"""nano through the engines: drafting changes nothing and is accepted, int4 stays near, the demo's commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.nano import prompts, session
+from step35_trt.evaluate import differences, evaluate
+from step35_trt.resources import NANO
+from step35_trt.runtime.generate import GenerationStats, generate
+from step35_trt.runtime.sampling import SamplingParams
+from step35_trt.runtime.text import Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.runtime.session import Session
+
+PROMPTS, TOKENS = 20, 128  # a tenth of benchmarks/lossless.py
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nano")
+
+
+@pytest.fixture(scope="module")
+def exact(bundles: Path) -> Session:
+    return session("cpu-fp32", bundles)
+
+
+def answer(
+    model: Session, prompt: list[int], depth: int | str, tokens: int = TOKENS
+) -> tuple[list[int], GenerationStats]:
+    stats = GenerationStats()
+    chunks = generate(
+        model,
+        prompt,
+        SamplingParams(),
+        max_tokens=tokens,
+        draft_tokens=depth,
+        stats=stats,  # type: ignore[arg-type]
+    )
+    return [token for chunk in chunks for token in chunk], stats
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, "auto"])
+def test_greedy_drafting_is_lossless(exact: Session, depth: int | str) -> None:
+    accepted = [0, 0, 0]
+    for prompt in prompts(PROMPTS, 48):
+        plain, _ = answer(exact, prompt, 0)
+        drafted, stats = answer(exact, prompt, depth)
+        assert drafted == plain
+        accepted = [a + b for a, b in zip(accepted, stats.accepted, strict=True)]
+    used = 3 if depth == "auto" else int(depth)
+    assert all(
+        accepted[:used]
+    )  # every head's drafts were taken at some point: rejections and acceptances both ran
+
+
+def test_heads_are_accepted_on_held_out_text(exact: Session) -> None:
+    drafted, accepted = [0, 0, 0], [0, 0, 0]
+    for prompt in prompts(8, 64):
+        _, stats = answer(exact, prompt, 3, 64)
+        drafted = [a + b for a, b in zip(drafted, stats.drafted, strict=True)]
+        accepted = [a + b for a, b in zip(accepted, stats.accepted, strict=True)]
+    assert accepted[0] / drafted[0] > 0.4
+
+
+def test_int4_stays_near(bundles: Path, exact: Session) -> None:
+    import numpy as np
+
+    ids = np.array(prompts(1, 256)[0])
+    apart = differences(evaluate(exact, ids), evaluate(session("cpu-int4", bundles), ids))
+    assert all(0 < part.mean_kl < 0.2 for part in apart)
+
+
+def test_sampling_with_a_seed_repeats(exact: Session) -> None:
+    prompt = prompts(1, 32)[0]
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
+
+    def sampled(depth: int) -> list[int]:
+        return [
+            t for chunk in generate(exact, prompt, params, max_tokens=48, draft_tokens=depth) for t in chunk
+        ]
+
+    assert sampled(2) == sampled(2)
+
+
+def test_text_streams_as_it_decodes(exact: Session) -> None:
+    from step35_trt.runtime.text import complete
+
+    text = Text.load(NANO)
+    ids = text.encode("The import statement")
+    taken: list[int] = []
+    pieces = list(complete(exact, text, ids, SamplingParams(), max_tokens=64, token_ids=taken))
+    assert len(pieces) > 5
+    assert "".join(pieces) == text.decode(taken)
