@@ -33,22 +33,16 @@ def compile_library(out: Path, target: str = "x86_64") -> None:
     Raises:
         UnsupportedError: another target.
         Step35Error: there is no compiler, or it fails.
+        OSError: `out` or the cache cannot be written.
     """
     if target not in TARGETS:
         raise UnsupportedError(f"there are no CPU operators for {target}", f"Known: {', '.join(TARGETS)}.")
     cached = _cache() / f"step35-cpu-{target}-{_digest(target)}.so"
-    try:
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-                _compile(Path(folder), TARGETS[target]).replace(cached)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out.parent, delete=False) as copy:
-            shutil.copyfile(cached, copy.name)
-        Path(copy.name).chmod(0o644)
-        Path(copy.name).replace(out)
-    except OSError as error:
-        raise Step35Error(f"the CPU operators cannot be written: {error}") from None
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            _compile(Path(folder), TARGETS[target]).replace(cached)
+    shutil.copyfile(cached, out)
 
 
 def _sources() -> list[Path]:

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import Step3p7TextConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -25,6 +24,8 @@ from step35_trt.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ written as it is read; only the last group of rows is padded.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
-from numpy.typing import NDArray
 
 from step35_trt.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+S = TypeVar("S", bound=np.generic)
 
 TILE = 16
 MOST_BLOCK = 128
 
 
-def tiled_shapes(
-    shape: tuple[int, ...], block: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def tiled_shapes(shape: tuple[int, ...], block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the tiles (uint8) and their scales (fp16) for a weight `[..., N, K]`.
 
     Raises:
@@ -49,7 +53,7 @@ def tile(
     """
     if scales.size and not np.abs(scales).max() <= np.finfo(np.float16).max:
         raise UnsupportedError("a weight is too large for the CPU operators' fp16 scales")
-    words = _tiles_of_rows(np.ascontiguousarray(codes).view("<u4"))
+    words = _tiles_of_rows(np.ascontiguousarray(codes).view(np.uint32))
     # Nibbles 0 .. 7 of a word become 0 4 1 5 2 6 3 7: swap the middle bytes, then the middle nibbles.
     for shift, mask in ((8, 0x0000FF00), (4, 0x00F000F0)):
         differ = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
@@ -61,7 +65,7 @@ def untile(
     tiles: NDArray[np.uint8], scales: NDArray[np.float16], rows: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The inverse of `tile` for a weight of `rows` rows."""
-    words = tiles.view("<u4").copy()
+    words = tiles.view(np.uint32).copy()
     for shift, mask in ((4, 0x00F000F0), (8, 0x0000FF00)):
         differ = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
         words ^= differ ^ (differ << np.uint32(shift))
@@ -69,8 +73,8 @@ def untile(
     return codes, _rows_of_tiles(scales, rows).astype(np.float32)
 
 
-def interleave_gate_up(gate: NDArray[np.generic], up: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Rows `[..., I, n]` of gate and up as the expert operator takes them: 16 of one, 16 of the other, in turn."""
+def interleave_gate_up(gate: NDArray[S], up: NDArray[S]) -> NDArray[S]:
+    """Rows `[..., I, n]` of both as the expert operator takes them: 16 of one, 16 of the other, in turn."""
     *stack, width, n = gate.shape
     if width % TILE:
         raise UnsupportedError(f"the CPU operators take no experts of {width} features")
@@ -78,7 +82,7 @@ def interleave_gate_up(gate: NDArray[np.generic], up: NDArray[np.generic]) -> ND
     return np.concatenate(parts, axis=-3).reshape(*stack, 2 * width, n)
 
 
-def _tiles_of_rows(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _tiles_of_rows(values: NDArray[S]) -> NDArray[S]:
     """`[..., N, n]` to a new `[..., ceil(N / 16), n, 16]`."""
     *stack, rows, n = values.shape
     if spare := -rows % TILE:
@@ -86,6 +90,6 @@ def _tiles_of_rows(values: NDArray[np.generic]) -> NDArray[np.generic]:
     return np.array(values.reshape(*stack, -1, TILE, n).swapaxes(-1, -2), order="C")
 
 
-def _rows_of_tiles(values: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+def _rows_of_tiles(values: NDArray[S], rows: int) -> NDArray[S]:
     *stack, _, n, _ = values.shape
     return values.swapaxes(-1, -2).reshape(*stack, -1, n)[..., :rows, :]

@@ -9,7 +9,7 @@ import pytest
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-from tests.synthetic import raw_config, write_checkpoint
+from tests.synthetic import raw_config, write_checkpoint  # noqa: E402 - after the environment
 
 if TYPE_CHECKING:
     from pathlib import Path

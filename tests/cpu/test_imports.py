@@ -29,7 +29,7 @@ except SystemExit:
     "action",
     [
         "import step35_trt",
-        "import step35_trt.config, step35_trt.checkpoint, step35_trt.model, step35_trt.ops, step35_trt.program",
+        "from step35_trt import config, checkpoint, model, ops, program, engine, bundle",
         HELP.format(arguments="'--help'"),
         HELP.format(arguments="'generate', '--help'"),
         HELP.format(arguments="'doctor'"),

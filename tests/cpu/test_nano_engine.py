@@ -1,4 +1,4 @@
-"""nano through the engines: drafting changes nothing and is accepted, int4 stays near, the demo's commands."""
+"""nano through the engines: drafting changes nothing and is accepted, int4 stays near."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def test_greedy_drafting_is_lossless(exact: Session, depth: int | str) -> None:
         assert drafted == plain
         accepted = [a + b for a, b in zip(accepted, stats.accepted, strict=True)]
     used = 3 if depth == "auto" else int(depth)
-    assert all(
-        accepted[:used]
-    )  # every head's drafts were taken at some point: rejections and acceptances both ran
+    assert all(accepted[:used])  # or rejection is all that was tested
 
 
 def test_heads_are_accepted_on_held_out_text(exact: Session) -> None:

@@ -177,7 +177,7 @@ def test_packed_sequences_do_not_meet(checkpoint: Path) -> None:
 def test_bf16_keeps_its_fp32_islands(
     checkpoint: Path, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Specification 2.12: router logits, scores and norms' insides; bf16 elsewhere, and near the fp32 result."""
+    """Specification 2.12: router logits, scores and norms' insides; bf16 elsewhere, near the fp32 result."""
     opened = Checkpoint.open(checkpoint)
     seen = []
     moe = TorchOps.sparse_moe

@@ -70,7 +70,7 @@ class Weight:
 
 
 def int8_blocks(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations after quantisation, fp64, and how far each could be off if fp32 rounded its input otherwise."""
+    """Activations after quantisation, fp64, and how far off each is if fp32 rounded its input otherwise."""
     t, k = x.shape
     blocks = x.reshape(t, k // block, block)
     most = np.abs(blocks).max(-1, keepdims=True)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime as ort
 import pytest
@@ -63,6 +64,6 @@ def test_the_same_bytes_every_time(library, tmp_path):
         paths = [str(tmp_path / f"{name}.so"), str(tmp_path / f"{name}.arm.so")]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / name)}
         subprocess.run([sys.executable, "-c", code, *paths], env=environment, check=True)
-        outs.append([open(path, "rb").read() for path in paths])
+        outs.append([Path(path).read_bytes() for path in paths])
     assert outs[0] == outs[1]
     assert outs[0][0] == library.read_bytes()

@@ -110,7 +110,7 @@ def test_experts_that_are_not_chosen_are_not_read(library, isa, t):
 
 def test_ties_go_to_the_first(library):
     rng = np.random.default_rng(7)
-    values, fixed = definition.stacked(rng, 6, 32, 32, 32)
+    _, fixed = definition.stacked(rng, 6, 32, 32, 32)
     x = rng.standard_normal((1, 32)).astype(np.float32)
     weights = rng.random((1, 6)).astype(np.float32)
     even = operator(library, ISAS[-1], fixed, 32, 2)(x, np.zeros((1, 6), np.float32), weights)

@@ -109,9 +109,11 @@ class FakeSession:
     @property
     def config(self) -> Step35Config:
         heads, vocabulary = self.model.heads.shape[:2]
-        return Step35Config.model_construct(
+        partial: Any = Step35Config.model_construct  # a generation looks at these three
+        config: Step35Config = partial(
             vocab_size=vocabulary, num_nextn_predict_layers=heads, hidden_size=WIDTH
         )
+        return config
 
     def open(self) -> FakeSequence:
         self.opened.append(FakeSequence(self))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step35_trt.runtime.drafting import DraftChain
+from step35_trt.runtime.drafting import DraftChain, Proposal
 from step35_trt.runtime.sampling import SamplingParams, greedy, probabilities
 from tests.cpu.runtime.fakes import DECODER, FakeModel, FakeSequence, FakeSession, fresh_caches
 
@@ -167,13 +167,14 @@ def test_drafts_come_from_each_modules_own_filtered_distribution(
 ) -> None:
     driver = Driver(3, 16)
     driver.prefill(12)
-    proposals = []
+    proposals: list[tuple[Any, Proposal]] = []
     propose = driver.chain.propose
-    monkeypatch.setattr(
-        driver.chain,
-        "propose",
-        lambda *args: proposals.append((args[1][-2:], propose(*args))) or proposals[-1][1],
-    )
+
+    def watched(depth: int, tokens: Any, *rest: Any) -> Proposal:
+        proposals.append((tokens[-2:], propose(depth, tokens, *rest)))
+        return proposals[-1][1]
+
+    monkeypatch.setattr(driver.chain, "propose", watched)
     likeliest = 0
     for accepted in [0, 1, 2, 3] * 15:
         driver.round(3, accepted, params)
@@ -182,7 +183,7 @@ def test_drafts_come_from_each_modules_own_filtered_distribution(
         assert len(proposal.weights) == (0 if params.greedy else 3)
         for module, token in enumerate(proposal.token_ids):
             row = MODELS[3].heads[module][context[module], context[module + 1]][None]
-            likeliest += token == greedy(row)[0]
+            likeliest += int(token == greedy(row)[0])
             if not params.greedy:
                 np.testing.assert_array_equal(proposal.weights[module], probabilities(row, params)[0])
                 assert proposal.weights[module][token] > 0
