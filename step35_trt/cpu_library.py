@@ -42,6 +42,7 @@ def compile_library(out: Path, target: str = "x86_64") -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
             _compile(Path(folder), TARGETS[target]).replace(cached)
+    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(cached, out)
 
 

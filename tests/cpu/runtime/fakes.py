@@ -253,3 +253,22 @@ def chi_square(observed: Any, expected: Any) -> tuple[float, int]:
     if expected.size < 2:
         return 0.0, 0
     return float(((observed - expected) ** 2 / expected).sum()), expected.size - 1
+
+
+class Scripted:
+    """A depth policy that follows a list over and over."""
+
+    def __init__(self, depths: list[int]) -> None:
+        self.depths, self.round = depths, 0
+        self.seconds: list[float] = []
+
+    def choose(self, limit: int) -> int:
+        return min(self.depths[self.round % len(self.depths)], limit)
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        self.round += 1
+        self.seconds.append(seconds)
+
+
+def flat(parts: Any) -> list[int]:
+    return [token for part in parts for token in part]

@@ -68,7 +68,7 @@ def p_value(draft_tokens: Any, params: SamplingParams, count: int) -> tuple[floa
 # 25,000 draws of each variant: 100,000 for each way of drafting.
 @pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("draft_tokens", (0, 1, 2, 3, "auto"))
+@pytest.mark.parametrize("draft_tokens", [0, 1, 2, 3, "auto"])
 def test_sampled_output_has_the_exact_distribution_whatever_is_drafted(
     draft_tokens: Any, variant: str
 ) -> None:
