@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from step35_trt.build import build, export_onnx
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.onnx_standard import StandardSpelling
 from step35_trt.engine import EngineSpec
 from step35_trt.program import Program
 from step35_trt.quantize.recipe import Recipe
@@ -16,6 +15,7 @@ from step35_trt.runtime.session_onnx import OnnxSession
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from step35_trt.dialects.onnx import Spelling
     from step35_trt.runtime.session import Session
 
 
@@ -25,8 +25,8 @@ def engine(checkpoint: Path, out: Path, name: str = "cpu-fp32") -> Session:
     return open_bundle(out)
 
 
-def standard(checkpoint: Path, out: Path) -> Session:
-    """A session over the export in standard operators."""
-    export_onnx(checkpoint, out, StandardSpelling(), Recipe.load("fp32"))
+def exported(checkpoint: Path, out: Path, spelling: Spelling, recipe: str) -> Session:
+    """A session over an export."""
+    export_onnx(checkpoint, out, spelling, Recipe.load(recipe))
     program = Program.model_validate_json((out / "program.json").read_text())
     return OnnxSession(out, Checkpoint.open(checkpoint).config, program, max_tokens=300, prefill_chunk=64)

@@ -5,7 +5,7 @@
 
 #define ROUTINES int4_avx512
 #define ROUTINES_NAME "avx512"
-#define DIRECT_TILES(t) ((t) <= 4 ? 4 : 2)
+#define DIRECT_TILES(t) 4
 #define PANEL_ROWS 6
 #define PANEL_TILES 4
 #include "int4_body.h"

@@ -20,8 +20,8 @@ typedef float lanes_f __attribute__((vector_size(64)));
 #define TWICE _Pragma("clang loop unroll_count(2)")
 
 enum {
-  DIRECT_ROWS = 8,    // up to here codes are expanded as they are read: memory is the limit
-  PANEL_COUNT = 64,   // rows whose sums stay in the first-level cache
+  DIRECT_ROWS = 4,    // up to here codes are expanded as they are read; beyond, that costs more than it saves
+  PANEL_COUNT = 64,   // rows that share one expansion; their sums stay in the first-level cache
   AHEAD = 1024,       // bytes of each stream asked for early: pages of 4 KiB defeat the hardware's own guess
 };
 
@@ -162,7 +162,7 @@ static void multiply_some(const struct int4_matrix *w, size_t begin, size_t end,
     for (; tile + DIRECT_TILES(n) <= end; tile += DIRECT_TILES(n))                     \
       direct(n, DIRECT_TILES(n), w, tile, x, at, y + (tile - begin) * TILE, stride);   \
     break;
-    DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4) DIRECT(5) DIRECT(6) DIRECT(7) DIRECT(8)
+    DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4)
 #undef DIRECT
     default:
       for (; tile + PANEL_TILES <= end; tile += PANEL_TILES)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx.shape_inference
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -18,11 +20,16 @@ from safetensors.numpy import load_file, save_file
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.dialects.onnx import OnnxOps
 from step35_trt.dialects.onnx_ort import OrtSpelling, inverse_silu
+from step35_trt.dialects.onnx_standard import StandardSpelling
 from step35_trt.evaluate import evaluate
+from step35_trt.quantize.blocks import block_size, dequantize_blocks, quantize_blocks
+from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
+from step35_trt.runtime.session_torch import TorchSession
+from step35_trt.weight_store import BITS
 from tests.cpu.conftest import GEOMETRIES
 from tests.cpu.dialects.test_torch import expected, relative
-from tests.engines import engine, standard
+from tests.engines import engine, exported
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -41,7 +48,9 @@ def sessions(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     made = {}
     for geometry in GEOMETRIES:
         made[f"ort {geometry}"] = engine(checkpoints[geometry], root / f"ort-{geometry}")
-        made[f"standard {geometry}"] = standard(checkpoints[geometry], root / f"standard-{geometry}")
+        made[f"standard {geometry}"] = exported(
+            checkpoints[geometry], root / f"standard-{geometry}", StandardSpelling(), "fp32"
+        )
     return made
 
 
@@ -194,6 +203,72 @@ def test_graphs_are_valid_and_hold_no_weights(
                 assert len(tensor.SerializeToString()) < 1100
 
 
+@pytest.mark.parametrize("where", ["bundle", "export"])
+def test_quantised_graphs_are_valid(checkpoints: dict[str, Path], tmp_path: Path, where: str) -> None:
+    """Ours for the engine; MatMulNBits and QMoE where only the runtime's own may be used."""
+    if where == "bundle":
+        engine(checkpoints["small-window"], tmp_path / "out", "cpu-int4")
+        domains, kinds = {"", "com.microsoft", "step35"}, {"Int4Linear", "Int4Experts"}
+    else:
+        exported(
+            checkpoints["small-window"], tmp_path / "out", OrtSpelling(int8_activations=True), "cpu-int4"
+        )
+        domains, kinds = {"", "com.microsoft"}, {"MatMulNBits", "QMoE"}
+    for graph in (tmp_path / "out").glob("*.onnx"):
+        onnx.checker.check_model(str(graph), full_check=True)
+        onnx.shape_inference.infer_shapes_path(
+            str(graph), str(tmp_path / "inferred.onnx"), check_type=True, strict_mode=True, data_prop=True
+        )
+        model = onnx.load(graph, load_external_data=False)
+        assert {opset.domain for opset in model.opset_import} == domains
+        used = {node.op_type for node in model.graph.node}
+        missing = set() if graph.name == "decoder.onnx" else {"QMoE", "Int4Experts"} & kinds
+        assert kinds - used == missing
+        assert "GatherBlockQuantized" in used
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """`Weights` of the torch dialect as the recipe's codes and scales say."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    common: int  # the experts' block divides both their widths
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._coded(name, self.checkpoint.read(name))
+
+    def expert(self, name: str, index: int) -> torch.Tensor:
+        return self._coded(name, self.checkpoint.read(name, index))
+
+    def _coded(self, name: str, value: np.ndarray) -> torch.Tensor:
+        rule = self.recipe.rule(name)
+        if value.ndim > 1 and rule.precision != "fp32":
+            width = value.shape[-1] if ".moe." not in name else self.common
+            bits = BITS[rule.precision]
+            codes, scales = quantize_blocks(value, bits, block_size(rule.block, width))
+            value = dequantize_blocks(codes, scales.astype(np.float16).astype(np.float32), bits)
+        return torch.from_numpy(value)
+
+
+@pytest.mark.parametrize("how", ["ours", "runtime", "runtime, fp32 activations"])
+def test_int4_is_what_its_codes_say(tmp_path: Path, how: str) -> None:
+    """Shallow enough that rounding does not flip the routing: what remains is the activations' int8."""
+    raw = raw_config(layers=2, hidden_size=128, moe_intermediate_size=64)
+    source = write_checkpoint(tmp_path / "checkpoint", raw)
+    checkpoint = Checkpoint.open(source)
+    if how == "ours":
+        session = engine(source, tmp_path / "out", "cpu-int4")
+    else:
+        session = exported(source, tmp_path / "out", OrtSpelling("fp32" not in how), "cpu-int4")
+    ids = np.random.default_rng(0).integers(0, 97, 24)
+    reference = TorchSession(checkpoint.config, Dequantised(checkpoint, Recipe.load("cpu-int4"), 64))
+    got, want = evaluate(session, ids), evaluate(reference, ids)
+    errors = np.abs(got.hidden - want.hidden).max(-1) / np.abs(want.hidden).max()
+    assert np.median(errors) < (0.01 if "fp32" in how else 0.05)
+    assert np.median(errors) > 1e-5  # it was quantised
+
+
 def test_each_weight_is_stored_once(sessions: dict[str, Session], checkpoints: dict[str, Path]) -> None:
     directory = sessions["ort small-window"].directory  # type: ignore[attr-defined]
     stored = sum(file.stat().st_size for file in (directory / "weights").iterdir())
@@ -267,6 +342,7 @@ def poison(bundle: Path, name: str) -> None:
                 shape = reader.get_slice(key).get_shape()
             size = int.from_bytes(file.read_bytes()[:8], "little")
             offset = json.loads(file.read_bytes()[8 : 8 + size])[key]["data_offsets"][0]
-            values = np.memmap(file, np.float32, "r+", 8 + size + offset, tuple(shape))
+            kind = np.float16 if suffix else np.float32
+            values = np.memmap(file, kind, "r+", 8 + size + offset, tuple(shape))
             values[others] = np.nan
             values.flush()
