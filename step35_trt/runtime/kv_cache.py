@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from step35_trt.program import CacheSpec
 
+# Rows of a window cache beyond its window (a quarter of the window, if that is more): rows move once in so
+# many tokens, and a move costs a new binding.
+SPARE_ROWS = 64
 FIRST_ROWS = 256  # a linear cache starts with room for these and doubles
 # Rows a caller may take back from the latest call: three drafts, and a few to spare.
 MOST_REJECTED = 8
@@ -81,8 +84,7 @@ class SequenceCache:
             return min(FIRST_ROWS, self.max_tokens)
         if spec.kind == "ring":
             return spec.window + chunk + MOST_REJECTED
-        # A quarter more: rows move once in window / 4 tokens and memory stays near the window's.
-        return spec.window + max(16, spec.window // 4)
+        return spec.window + max(SPARE_ROWS, spec.window // 4)
 
     def pieces(self, tokens: int) -> list[int]:
         """Cut a call so that its last rows can be taken back.

@@ -147,15 +147,14 @@ class _CachedGraph:
             np.empty((len(rows), self.config.vocab_size), np.float32),
             np.empty((len(token_ids), self.config.hidden_size), np.float32),
         )
-        inputs = {"token_ids": token_ids, "rows": rows, "past_length": np.array([self.cache.length])}
+        inputs: dict[str, np.ndarray] = {"token_ids": token_ids, "rows": rows}
+        inputs["past_length"] = np.array([self.cache.length])
         if hidden is not None:
             inputs["carried"] = hidden
-        held = {name: _value(array) for name, array in inputs.items()}  # the binding does not own them
-        for name, value in held.items():
-            self.binding.bind_ortvalue_input(name, value)
-        outputs = {"logits": _value(step.logits), "hidden": _value(step.hidden)}
-        for name, value in outputs.items():
-            self.binding.bind_ortvalue_output(name, value)
+        for name, array in inputs.items():
+            self.binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        _bind_output(self.binding, "logits", step.logits)
+        _bind_output(self.binding, "hidden", step.hidden)
         self.graph.run_with_iobinding(self.binding)
         self.cache.advance(len(token_ids))
         return step
@@ -168,9 +167,10 @@ class _CachedGraph:
                 ("key", past[0], layer.keys),
                 ("value", past[1], layer.values),
             ):
-                self.binding.bind_ortvalue_input(f"past_{name}.{layer.spec.layer}", _value(source))
-                self.binding.bind_ortvalue_output(f"{name}.{layer.spec.layer}", _value(target))
+                self.binding.bind_cpu_input(f"past_{name}.{layer.spec.layer}", source)
+                _bind_output(self.binding, f"{name}.{layer.spec.layer}", target)
 
 
-def _value(array: np.ndarray) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+def _bind_output(binding: Any, name: str, array: Floats) -> None:
+    """Let the runtime write into `array`, which must stay alive through the call."""
+    binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)

