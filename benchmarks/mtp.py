@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.nano import prompts, session
+from step35_trt.runtime.depth import DepthController
 from step35_trt.runtime.generate import GenerationStats, generate
 from step35_trt.runtime.sampling import SamplingParams
 
@@ -28,6 +29,9 @@ def main() -> None:
         rates: dict[str, list[float]] = {str(depth): [] for depth in DEPTHS}
         lengths: dict[str, list[float]] = {str(depth): [] for depth in DEPTHS}
         drafted, accepted = np.zeros(3), np.zeros(3)
+        learned = DepthController(
+            model.config.num_nextn_predict_layers
+        )  # kept between prompts, as in a batch
         for number, prompt in enumerate(prompts(options.prompts + 1, 64)):
             for depth in DEPTHS:  # interleaved: a change of the machine's speed meets all alike
                 stats = GenerationStats()
@@ -36,7 +40,7 @@ def main() -> None:
                     prompt,
                     SamplingParams(),
                     max_tokens=options.tokens,
-                    draft_tokens=depth,  # type: ignore[arg-type]
+                    draft_tokens=learned if isinstance(depth, str) else depth,
                     stats=stats,
                 )
                 for _ in chunks:

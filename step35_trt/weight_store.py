@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 
@@ -290,7 +290,7 @@ class _GateUp:
             if self.factor != 1:
                 up *= np.float32(self.factor)
             if self.tiles:
-                yield cast("NDArray[np.float32]", cpu_layout.interleave_gate_up(gate, up)[None])
+                yield cpu_layout.interleave_gate_up(gate, up)[None]
             else:
                 yield np.stack([gate, up], axis=1).reshape(1, -1, gate.shape[-1])
 

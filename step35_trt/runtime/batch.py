@@ -14,13 +14,14 @@ from step35_trt.errors import DoesNotFitError, Step35Error, UnsupportedError, Us
 from step35_trt.runtime import completions
 from step35_trt.runtime.batch_output import Recorded, ResumableOutput
 from step35_trt.runtime.chat import ChatTemplate, explain
+from step35_trt.runtime.depth import DepthController, fixed_depth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from io import BufferedReader
     from pathlib import Path
 
-    from step35_trt.runtime.generate import DraftTokens
+    from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.text import Text
 
@@ -103,17 +104,16 @@ def run_batch(
         CorruptInputError: the chat template is not valid Jinja.
     """
     heads = session.config.num_nextn_predict_layers
-    if draft_tokens != "auto" and draft_tokens not in range(heads + 1):  # else every line would say so
-        raise UsageError(
-            f"draft_tokens must be 'auto' or a whole number from 0 to {heads}, not {draft_tokens!r}"
-        )
+    fixed_depth(draft_tokens, heads)  # else every line would say so
+    # What drafting learns of one line serves the next.
+    drafts = DepthController(heads) if draft_tokens == "auto" else draft_tokens
     template = None if text.chat_template is None else ChatTemplate.of(text)
 
     def answer(request: Request, tag: str) -> dict[str, Any]:
         body = completions.parse_body(request.body)
         if request.url is not None and (request.url == "/v1/completions") != (body.messages is None):
             raise UsageError(f"url {request.url} does not go with a body that has {_input(body)}")
-        return completions.answer(session, text, template, body, tag, draft_tokens=draft_tokens)
+        return completions.answer(session, text, template, body, tag, draft_tokens=drafts)
 
     return answer_lines(answer, input_path, output_path, progress=progress)
 

@@ -18,7 +18,7 @@ from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, ReasoningD
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from step35_trt.runtime.generate import DraftTokens
+    from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.text import Text
     from step35_trt.runtime.tool_calls import Event

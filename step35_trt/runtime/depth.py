@@ -17,20 +17,21 @@ The choice depends on the past only, never on the drafts it decides about, so it
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+from step35_trt.errors import UsageError
+from step35_trt.runtime.sampling import whole
 
 PRIOR_ACCEPTANCE = 0.75
-PRIOR_STEP = (
-    0.38  # what each drafted token adds to a round, in plain steps; a memory-bound decoder at batch 1
-)
+# What each drafted token adds to a round, in plain steps: a memory-bound decoder at batch 1.
+PRIOR_STEP = 0.38
 FADE = 0.98  # of evidence, per round
 WARM_SAMPLES = 3  # of a cost, until its average takes over from its minimum
-NEW_EVERY, OLD_EVERY = (
-    4,
-    64,
-)  # rounds between trials of depths hardly measured, and of depths measured long ago
+# Rounds between trials of depths hardly measured, and of depths measured long ago.
+NEW_EVERY, OLD_EVERY = 4, 64
 
 
+@runtime_checkable
 class DepthPolicy(Protocol):
     """Decides how many tokens each round drafts."""
 
@@ -142,19 +143,35 @@ class _Cost:
         self.updated = now
 
 
-def depth_policy(
-    draft_tokens: int | Literal["auto"], limit: int, *, repeatable: bool, given: DepthPolicy | None
-) -> DepthPolicy:
+DraftTokens = int | Literal["auto"] | DepthPolicy
+
+
+def fixed_depth(draft_tokens: DraftTokens, heads: int) -> int | None:
+    """The depth where it is fixed, None where it adapts.
+
+    Raises:
+        UsageError: it is neither 'auto', a policy, nor a whole number from 0 to `heads`.
+    """
+    if draft_tokens == "auto" or isinstance(draft_tokens, DepthPolicy):
+        return None
+    if not (whole(draft_tokens) and 0 <= draft_tokens <= heads):
+        raise UsageError(
+            f"draft_tokens must be 'auto' or a whole number from 0 to {heads}, the model's number of "
+            f"MTP modules, not {draft_tokens!r}"
+        )
+    return draft_tokens
+
+
+def depth_policy(draft_tokens: DraftTokens, limit: int, *, repeatable: bool) -> DepthPolicy:
     """What to draft by.
 
     Args:
-        draft_tokens: A fixed depth, or 'auto'.
+        draft_tokens: See `fixed_depth`.
         limit: The largest depth that can run.
-        repeatable: Whether the choices of 'auto' may depend on nothing but the tokens.
-        given: A policy to go on with where the choice is free.
+        repeatable: Whether choices may depend on nothing but the tokens.
     """
-    if draft_tokens != "auto":
+    if isinstance(draft_tokens, int):
         return FixedDepth(limit)
     if repeatable:
         return DepthController(limit, timed=False)
-    return given if given is not None else DepthController(limit)
+    return DepthController(limit) if draft_tokens == "auto" else draft_tokens

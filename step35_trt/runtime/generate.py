@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from step35_trt.errors import DoesNotFitError, UsageError
-from step35_trt.runtime.depth import DepthPolicy, depth_policy
+from step35_trt.runtime.depth import depth_policy, fixed_depth
 from step35_trt.runtime.drafting import DraftChain, Proposal
 from step35_trt.runtime.sampling import TargetRows, greedy, verify, verify_greedy, whole
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from collections.abc import Sequence as SequenceOf
 
+    from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.sampling import SamplingParams
     from step35_trt.runtime.session import Floats, Ids, Sequence, Session, Step
 
-    DraftTokens = int | Literal["auto"]
     Clock = Callable[[], float]
 
 
@@ -97,15 +97,10 @@ class Generation:
         stop_ids: Collection[int] = (),
         draft_tokens: DraftTokens = "auto",
         stats: GenerationStats | None = None,
-        policy: DepthPolicy | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         heads = session.config.num_nextn_predict_layers
-        if draft_tokens != "auto" and not (whole(draft_tokens) and 0 <= draft_tokens <= heads):
-            raise UsageError(
-                f"draft_tokens must be 'auto' or a whole number from 0 to {heads}, the model's number of "
-                f"MTP modules, not {draft_tokens!r}"
-            )
+        fixed = fixed_depth(draft_tokens, heads)
         if not (whole(max_tokens) and max_tokens > 0):
             raise UsageError(f"max_tokens must be a whole number from 1 up, not {max_tokens!r}")
         self._tokens = _check_prompt(prompt_ids, session)
@@ -116,10 +111,10 @@ class Generation:
         self._rng = sampling.generator()
         self._chunk = session.prefill_chunk
         # Verifying K drafts takes K + 1 tokens in one call.
-        depth = min(heads if draft_tokens == "auto" else draft_tokens, self._chunk - 1)
+        depth = min(heads if fixed is None else fixed, self._chunk - 1)
         self._depth_limit = depth
         repeatable = sampling.seed is not None and not sampling.greedy
-        self._policy = depth_policy(draft_tokens, depth, repeatable=repeatable, given=policy)
+        self._policy = depth_policy(draft_tokens, depth, repeatable=repeatable)
         self.sequence: Sequence = session.open()
         self._chain = DraftChain(self.sequence, depth, self._chunk)
         self._proposal = Proposal()
@@ -222,7 +217,6 @@ def generate(
     stop_ids: Collection[int] = (),
     draft_tokens: DraftTokens = "auto",
     stats: GenerationStats | None = None,
-    policy: DepthPolicy | None = None,
     clock: Clock = time.perf_counter,
 ) -> Iterator[list[int]]:
     """Complete a prompt, yielding the new token ids of each round as soon as they are certain.
@@ -238,11 +232,10 @@ def generate(
         max_tokens: Tokens to generate at most; the context limit may end the answer earlier.
         stop_ids: Ids that end the answer; they are not given out.
         draft_tokens: Drafts per round, 0 .. number of MTP modules, fewer where a call takes too few tokens to
-            verify them; 'auto' adapts. The answer's distribution (greedy: the answer) does not depend on it.
-            With 0 the MTP modules never run.
+            verify them; 'auto' adapts, and a `DepthPolicy` goes on with what it learned in earlier calls
+            (one at a time; seeded sampling ignores it). The answer's distribution (greedy: the answer) does
+            not depend on it. With 0 the MTP modules never run.
         stats: Filled while running, if given.
-        policy: For 'auto': what an earlier call learned about costs and acceptance, to go on learning. It
-            belongs to one generation at a time and is ignored for seeded sampling.
         clock: Seconds, monotonic.
 
     Raises:
@@ -258,7 +251,6 @@ def generate(
         stop_ids=stop_ids,
         draft_tokens=draft_tokens,
         stats=stats,
-        policy=policy,
         clock=clock,
     )
     return _rounds(generation)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from step35_trt.runtime.generate import DraftTokens
+    from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.sampling import SamplingParams
     from step35_trt.runtime.session import Session
 

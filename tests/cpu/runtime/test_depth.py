@@ -171,6 +171,6 @@ def test_policies() -> None:
     assert FixedDepth(3).choose(1) == 1
     assert FixedDepth(2).choose(3) == 2
     given = DepthController(3)
-    assert depth_policy("auto", 3, repeatable=False, given=given) is given
-    assert depth_policy("auto", 3, repeatable=True, given=given) is not given
-    assert isinstance(depth_policy(2, 2, repeatable=False, given=given), FixedDepth)
+    assert depth_policy(given, 3, repeatable=False) is given
+    assert depth_policy(given, 3, repeatable=True) is not given
+    assert isinstance(depth_policy(2, 2, repeatable=False), FixedDepth)

@@ -78,7 +78,7 @@ def test_wherever_it_is_interrupted_the_caches_are_those_of_a_fresh_sequence(
 ) -> None:
     session = FakeSession(FakeModel.drawn(seed, noise=noise), prefill_chunk=chunk)
     prompt = np.random.default_rng(seed).integers(0, 8, prompt_length).tolist()
-    answer = generate(session, prompt, GREEDY, max_tokens=500, policy=Scripted(depths))
+    answer = generate(session, prompt, GREEDY, max_tokens=500, draft_tokens=Scripted(depths))
     tokens = prompt + [token for _ in range(rounds + 1) for token in next(answer)]
     answer.close()  # type: ignore[attr-defined]
     (sequence,) = session.opened

@@ -60,7 +60,9 @@ def test_stats_are_the_numbers() -> None:
 
 def test_a_backlog_is_time_spent_but_not_what_the_depth_costs() -> None:
     session, policy, stats = FakeSession(FakeModel.drawn(2)), Scripted([0] * 50 + [3]), GenerationStats()
-    answer = generate(session, [1], GREEDY, max_tokens=90, policy=policy, stats=stats, clock=session.clock)
+    answer = generate(
+        session, [1], GREEDY, max_tokens=90, draft_tokens=policy, stats=stats, clock=session.clock
+    )
     for _ in range(51):
         next(answer)
     before, spent = session.clock.now, stats.decode_seconds
@@ -78,10 +80,14 @@ def test_auto_settles_on_what_pays(noise: float, draft_seconds: float, best: int
     )
     policy = DepthController(3)
     stats = GenerationStats()
-    list(generate(session, [1], GREEDY, max_tokens=300, policy=policy, clock=session.clock, stats=stats))
+    list(
+        generate(session, [1], GREEDY, max_tokens=300, draft_tokens=policy, clock=session.clock, stats=stats)
+    )
     assert policy.best(3) == best
     # What was learned goes along into the next answer.
-    list(generate(session, [2], GREEDY, max_tokens=100, policy=policy, clock=session.clock, stats=stats))
+    list(
+        generate(session, [2], GREEDY, max_tokens=100, draft_tokens=policy, clock=session.clock, stats=stats)
+    )
     if best == 3:
         assert stats.drafted[2] > 0.8 * stats.rounds
     else:
