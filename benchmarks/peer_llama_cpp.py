@@ -246,17 +246,19 @@ class Session:
         if not self._context:
             raise PeerError(f"llama.cpp cannot make a context: {'; '.join(messages) or 'no reason given'}")
         self._rng = np.random.default_rng(1)
+        self.wall = self.busy = 0.0
         self.decode(PREFILL)
 
     def decode(self, count: int) -> float:
         """Decode `count` random tokens in one call, read the last logits, and return the seconds."""
         lib = self.lib
         tokens = (lib.llama_token * count)(*self._rng.integers(0, VOCAB, count).tolist())
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         # A batch of this kind asks for the logits of its last token only; reading them waits for them.
         code = lib.llama_decode(self._context, lib.llama_batch_get_one(tokens, count))
         logits = lib.llama_get_logits_ith(self._context, -1) if code == 0 else None
         seconds = time.perf_counter() - begin
+        self.wall, self.busy = self.wall + seconds, self.busy + time.process_time() - busy
         if code or not logits:
             raise PeerError(f"llama_decode of {count} tokens answers {code}")
         if not np.isfinite(np.ctypeslib.as_array(logits, (VOCAB,))).all():
@@ -294,6 +296,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     session = Session(path, arguments.threads, not arguments.no_repack, not arguments.no_mmap)
     taken: dict[int, list[float]] = {count: [] for count in CALLS}
     for repeat in range(arguments.rounds + 2):  # the first two warm up
+        if repeat == 2:
+            session.wall = session.busy = 0.0
         for count, calls in CALLS.items():
             seconds = [session.after_prefill(count) for _ in range(calls)]
             if repeat >= 2:
@@ -309,6 +313,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "file_bytes": size,
         **memory,
         "read_gb_s": round(bandwidth, 1),
+        # Its threads spin while they wait: well under 1, something else had the cores.
+        "cpu_share": round(session.busy / (session.wall * arguments.threads), 2),
     }
     summary: dict[str, Callable[[list[float]], Any]] = {"ms_min": np.min, "ms_median": np.median}
     for count, seconds in taken.items():
@@ -356,6 +362,7 @@ def main() -> int:
             f"{count:>3} tokens: min {row['ms_min']:.1f} ms, median {row['ms_median']:.1f} ms, "
             f"weights at {row['gb_s']} GB/s, {row['of_read']:.0%} of a plain read"
         )
+    print(f"it had {result['cpu_share']:.0%} of {result['threads']} cores")
     print(f"peak RSS {result['rss_peak_gb']} GB; file {result['file_bytes'] / 1e9:.2f} GB; {result['peer']}")
     return 0
 
