@@ -8,9 +8,12 @@ are known before any byte moves, and each weight is stored once however many gra
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
 
 import numpy as np
 
@@ -25,13 +28,15 @@ if TYPE_CHECKING:
     from step35_trt.quantize.recipe import Recipe
 
 ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
-SLICE_BYTES = 64 << 20  # fp32 bytes handled at once
+SLICE_BYTES = 32 << 20  # fp32 bytes handled at once by a thread
+THREADS = min(4, os.cpu_count() or 1)  # more would not fit the memory budget of a build
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8"}
 
 # How 4-bit weights lie: block after block as ONNX Runtime's operators take them, or in the tiles of ours.
 Layout = Literal["blocks", "tiles"]
 
+R = TypeVar("R")
 Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
 
 
@@ -206,28 +211,29 @@ class WeightStore:
     def _place(self, weight: str, stored: str, source: _Source, bits: int, most: int) -> Matrix:
         file, shape = self._file(weight), source.shape
         if bits == 32:
-            return Matrix(32, shape, file.place(stored, "float32", shape, source.slices))
+            parts = source.parts
+            return Matrix(32, shape, file.place(stored, "float32", shape, lambda: map(source.read, parts)))
         block = block_size(most, shape[-1])
         tiles = self.layout == "tiles" and bits == 4
-        cache = _Scales()
+        pending: list[NDArray[np.floating]] = []
+
+        def coded(part: slice) -> tuple[NDArray[np.uint8], NDArray[np.floating]]:
+            weight = source.read(part)
+            if not np.isfinite(weight).all():
+                raise CorruptInputError(f"{stored} holds a NaN or an infinity")
+            packed, factors = quantize_blocks(weight, bits, block)
+            return cpu_layout.tile(packed, factors) if tiles else (packed, factors)
 
         def codes() -> Iterator[NDArray[np.generic]]:
-            cache.parts.clear()
-            for part in source.slices():
-                if not np.isfinite(part).all():
-                    raise CorruptInputError(f"{stored} holds a NaN or an infinity")
-                packed, factors = quantize_blocks(part, bits, block)
-                if tiles:
-                    packed, small = cpu_layout.tile(packed, factors)
-                    cache.parts.append(small)
-                else:
-                    cache.parts.append(factors)
+            pending.clear()
+            for packed, factors in _in_order(coded, source.parts):
+                pending.append(factors)
                 yield packed
 
         def scales() -> Iterator[NDArray[np.generic]]:
             # The codes were written just before: their scales are at hand.
-            yield from cache.parts
-            cache.parts.clear()
+            yield from pending
+            pending.clear()
 
         if tiles:
             value_shape, scale_shape = cpu_layout.tiled_shapes(shape, block)
@@ -242,9 +248,19 @@ class WeightStore:
         return Matrix(bits, shape, values, placed, block)
 
 
-@dataclass
-class _Scales:
-    parts: list[NDArray[np.floating]] = field(default_factory=list)
+def _in_order(work: Callable[[slice], R], parts: list[slice]) -> Iterator[R]:
+    """`map` on a few threads (numpy releases the interpreter), holding no more results than threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        ahead = deque(pool.submit(work, part) for part in parts[:THREADS])
+        try:
+            for part in [*parts[THREADS:], *[None] * len(ahead)]:
+                done = ahead.popleft()
+                if part is not None:
+                    ahead.append(pool.submit(work, part))
+                yield done.result()
+        finally:
+            for unused in ahead:
+                unused.cancel()
 
 
 @dataclass(frozen=True)
@@ -259,19 +275,22 @@ class _Rows:
     def shape(self) -> tuple[int, ...]:
         return self.checkpoint.tensors[self.name].shape
 
-    def slices(self) -> Iterator[NDArray[np.float32]]:
+    @property
+    def parts(self) -> list[slice]:
         shape = self.shape
         step = max(1, SLICE_BYTES // (4 * int(np.prod(shape[1:]))))
         if len(shape) == 2:
             step = max(cpu_layout.TILE, step // cpu_layout.TILE * cpu_layout.TILE)  # no slice cuts a tile
-        for start in range(0, shape[0], step):
-            part = self.checkpoint.read(self.name, slice(start, start + step))
-            yield part if self.factor == 1 else part * np.float32(self.factor)
+        return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+    def read(self, part: slice) -> NDArray[np.float32]:
+        weight = self.checkpoint.read(self.name, part)
+        return weight if self.factor == 1 else weight * np.float32(self.factor)
 
 
 @dataclass(frozen=True)
 class _GateUp:
-    """Gate and up rows of each expert, interleaved one by one or tile by tile."""
+    """Gate and up rows of each expert, interleaved one by one or tile by tile; a slice is one expert."""
 
     checkpoint: Checkpoint
     gate: str
@@ -284,15 +303,17 @@ class _GateUp:
         experts, width, features = self.checkpoint.tensors[self.gate].shape
         return (experts, 2 * width, features)
 
-    def slices(self) -> Iterator[NDArray[np.float32]]:
-        for expert in range(self.shape[0]):
-            gate, up = self.checkpoint.read(self.gate, expert), self.checkpoint.read(self.up, expert)
-            if self.factor != 1:
-                up *= np.float32(self.factor)
-            if self.tiles:
-                yield cpu_layout.interleave_gate_up(gate, up)[None]
-            else:
-                yield np.stack([gate, up], axis=1).reshape(1, -1, gate.shape[-1])
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(expert, expert + 1) for expert in range(self.shape[0])]
+
+    def read(self, part: slice) -> NDArray[np.float32]:
+        gate, up = self.checkpoint.read(self.gate, part), self.checkpoint.read(self.up, part)
+        if self.factor != 1:
+            up *= np.float32(self.factor)
+        if self.tiles:
+            return cpu_layout.interleave_gate_up(gate, up)
+        return np.stack([gate, up], axis=2).reshape(1, -1, gate.shape[-1])
 
 
 _Source = _Rows | _GateUp
