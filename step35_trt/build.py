@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from step35_trt import bundle
-from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, TOKENIZER, FileRecord, Manifest
+from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, TOKENIZER, Manifest
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.cpu_library import compile_library
 from step35_trt.dialects.onnx import OURS, GraphWriter, Spelling, decoder_graph, mtp_graph
 from step35_trt.dialects.onnx_cpu import CpuSpelling
 from step35_trt.dialects.onnx_ort import OrtSpelling
-from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UsageError
+from step35_trt.errors import CorruptInputError, Step35Error, UsageError
+from step35_trt.journal import plain_os_errors, staged
 from step35_trt.program import Program, Segment
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.weight_store import WeightStore
@@ -34,8 +32,8 @@ if TYPE_CHECKING:
 
     from step35_trt.config import Step35Config
     from step35_trt.engine import EngineSpec
+    from step35_trt.journal import Journal
 
-JOURNAL = "journal.jsonl"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,7 +61,8 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     plan = _Plan.make(source, recipe, spec)
     if _is_there(out, plan):
         return False
-    with _staged(out, plan) as (stage, journal):
+    sizes = {step.file: step.nbytes for step in plan.steps}
+    with staged(out, plan.key, sizes) as (stage, journal):
         total = plan.nbytes
         done = 0
         for step in plan.steps:
@@ -99,7 +98,7 @@ def export_onnx(
     steps.append(_bytes_step(PROGRAM, _program(source.config, graphs).model_dump_json(indent=1).encode()))
     total, done = sum(step.nbytes for step in steps), 0
     stage = bundle.staging(out)
-    with _plain_os_errors(stage), ExitStack() as cleanup:
+    with plain_os_errors(stage), ExitStack() as cleanup:
         (stage / bundle.WEIGHTS).mkdir(parents=True)
         cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
         for step in steps:
@@ -175,7 +174,7 @@ class _Plan:
     def nbytes(self) -> int:
         return sum(step.nbytes for step in self.steps)
 
-    def write_manifest(self, stage: Path, journal: _Journal) -> None:
+    def write_manifest(self, stage: Path, journal: Journal) -> None:
         config = self.source.config
         limit = config.max_position_embeddings
         manifest = Manifest(
@@ -289,93 +288,3 @@ def _is_there(out: Path, plan: _Plan) -> bool:
     raise UsageError(
         f"{out} exists and is not this build's result", "Remove it, or name another directory with -o."
     )
-
-
-@dataclass
-class _Journal:
-    """Which files are finished, one JSON line each; lines survive the process, a torn last one is dropped."""
-
-    path: Path
-    records: dict[str, FileRecord] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, stage: Path, key: str) -> _Journal:
-        journal = cls(stage / JOURNAL)
-        lines = journal.path.read_text(encoding="utf-8").split("\n") if journal.path.exists() else []
-        if not lines or lines[0] != key:
-            for old in stage.iterdir():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            journal.path.write_text(f"{key}\n", encoding="utf-8")
-            lines = [key]
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-                record = FileRecord.model_validate(entry["record"])
-                if (stage / entry["file"]).stat().st_size == record.size:
-                    journal.records[entry["file"]] = record
-            except (ValueError, KeyError, TypeError, OSError):
-                continue
-        return journal
-
-    def finished(self, file: str) -> bool:
-        return file in self.records
-
-    def finish(self, file: str) -> None:
-        path = self.path.parent / file
-        bundle.sync(path)
-        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path))
-        self.records[file] = record
-        with self.path.open("a", encoding="utf-8") as stream:
-            # The newline comes first: a line torn by a crash cannot swallow this one.
-            stream.write("\n" + json.dumps({"file": file, "record": record.model_dump()}))
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
-@contextmanager
-def _staged(out: Path, plan: _Plan) -> Iterator[tuple[Path, _Journal]]:
-    """The staging directory, locked; it takes the bundle's name when all went well."""
-    stage = bundle.staging(out)
-    with _plain_os_errors(stage):
-        stage.mkdir(parents=True, exist_ok=True)
-        handle = os.open(stage, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another build is writing {stage}") from None
-            journal = _Journal.open(stage, plan.key)
-            for folder in (bundle.WEIGHTS, KERNELS, TOKENIZER):
-                (stage / folder).mkdir(exist_ok=True)
-            _check_room(stage, plan, journal)
-            yield stage, journal
-            journal.path.unlink()
-            bundle.sync(stage)
-            if out.is_dir():
-                out.rmdir()  # an empty directory, made for us
-            stage.rename(out)
-            bundle.sync(out.parent)
-        finally:
-            os.close(handle)
-
-
-def _check_room(stage: Path, plan: _Plan, journal: _Journal) -> None:
-    needed = sum(step.nbytes for step in plan.steps if not journal.finished(step.file))
-    free = shutil.disk_usage(stage).free
-    if needed > free:
-        raise DoesNotFitError(
-            f"the bundle needs {needed / 1e9:.1f} GB more and {stage.parent} has {free / 1e9:.1f} GB free"
-        )
-
-
-@contextmanager
-def _plain_os_errors(stage: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise DoesNotFitError(
-                f"no room left while writing to {stage}",
-                "What is finished is kept; make room and run the same command again.",
-            ) from None
-        raise UsageError(f"cannot write to {stage}: {error.strerror or error}") from None

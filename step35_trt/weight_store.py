@@ -7,53 +7,36 @@ are known before any byte moves, and each weight is stored once however many gra
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from step35_trt.errors import CorruptInputError
 from step35_trt.quantize import cpu_layout
 from step35_trt.quantize.blocks import block_size, quantize_blocks
+from step35_trt.weight_file import WeightFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from numpy.typing import NDArray
 
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.quantize.recipe import Recipe
+    from step35_trt.weight_file import Placed
 
-ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
 SLICE_BYTES = 32 << 20  # fp32 bytes handled at once by a thread
 THREADS = min(4, os.cpu_count() or 1)  # more would not fit the memory budget of a build
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8"}
 
 # How 4-bit weights lie: block after block as ONNX Runtime's operators take them, or in the tiles of ours.
 Layout = Literal["blocks", "tiles"]
 
 R = TypeVar("R")
-Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A tensor's place: file name within the bundle, byte offset, numpy dtype name and shape."""
-
-    name: str
-    file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -76,68 +59,6 @@ class Experts:
 
     up: Matrix
     down: Matrix
-
-
-@dataclass
-class WeightFile:
-    """One safetensors file being laid out. Data starts after a header of fixed room."""
-
-    name: str
-    tensors: list[tuple[Placed, Chunks]] = field(default_factory=list)
-
-    HEADER = 8 * ALIGNMENT
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return _aligned(self.tensors[-1][0].offset + self.tensors[-1][0].nbytes) if self.tensors else 0
-
-    def place(self, name: str, dtype: str, shape: tuple[int, ...], chunks: Chunks) -> Placed:
-        """Reserve room at the next page."""
-        placed = Placed(name, self.name, self.size or self.HEADER, dtype, shape)
-        self.tensors.append((placed, chunks))
-        return placed
-
-    def write(self, stream: BinaryIO) -> Iterator[int]:
-        """Fill a file from its start; yields the bytes written after each slice.
-
-        Raises:
-            CorruptInputError: a weight is not finite; it is named.
-        """
-        stream.write(self._header())
-        for placed, chunks in self.tensors:
-            written = 0
-            for chunk in chunks():
-                if not np.isfinite(chunk).all() if chunk.dtype == np.float32 else False:
-                    raise CorruptInputError(f"{placed.name} holds a NaN or an infinity")
-                data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-                stream.write(data.data)
-                written += data.nbytes
-                yield data.nbytes
-            assert written == placed.nbytes, f"{placed.name}: {written} bytes for {placed.nbytes}"
-            stream.write(bytes(_aligned(written) - written))
-
-    def _header(self) -> bytes:
-        entries: dict[str, object] = {"__metadata__": {"format": "step35-trt"}}
-        for placed, _ in self.tensors:
-            start = placed.offset - self.HEADER
-            entries[placed.name] = _entry(
-                SAFETENSORS_DTYPES[placed.dtype], placed.shape, start, placed.nbytes
-            )
-            # The format allows no holes: what fills a page is a tensor too.
-            if gap := _aligned(placed.nbytes) - placed.nbytes:
-                entries[f"{placed.name}.padding"] = _entry("U8", (gap,), start + placed.nbytes, gap)
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        assert len(text) <= self.HEADER - 8, f"{self.name}: too many tensors for one header"
-        return (self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8)
-
-
-def _entry(dtype: str, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + nbytes]}
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass

@@ -20,6 +20,10 @@ struct int4_matrix {
   const uint16_t *scales;
   size_t columns; // K
   size_t block;
+  // Where reading goes on after a product with some of the tiles; null: at the tile that follows. Asked for
+  // early, since what a jump leads to is in no cache and often on pages whose translation is not either.
+  const uint8_t *next_codes;
+  const uint16_t *next_scales;
 };
 
 // `count` activation rows by block: codes [K/block][count][block], scales and offsets [K/block][count].
@@ -57,10 +61,17 @@ const struct int4_routines *int4_choose(void);
 
 static inline size_t tile_bytes(size_t columns) { return columns * TILE / 2; }
 
-static inline struct int4_matrix matrix_at(const struct int4_matrix *stack, size_t index, size_t tiles) {
+static inline size_t tile_scales(const struct int4_matrix *m) { return m->columns / m->block * TILE; }
+
+// The matrix `index` of a stack whose matrices have `tiles` tiles each; after it comes tile `tile` of `next`.
+static inline struct int4_matrix matrix_at(const struct int4_matrix *stack, size_t tiles, size_t index,
+                                           size_t next, size_t tile) {
   struct int4_matrix m = *stack;
-  m.codes += index * tiles * tile_bytes(m.columns);
-  m.scales += index * tiles * TILE * (m.columns / m.block);
+  size_t codes = tile_bytes(m.columns), scales = tile_scales(stack);
+  m.next_codes = m.codes + (next * tiles + tile) * codes;
+  m.next_scales = m.scales + (next * tiles + tile) * scales;
+  m.codes += index * tiles * codes;
+  m.scales += index * tiles * scales;
   return m;
 }
 

@@ -23,6 +23,7 @@ enum {
   DIRECT_ROWS = 4,    // up to here codes are expanded as they are read; beyond, that costs more than it saves
   PANEL_COUNT = 64,   // rows that share one expansion; their sums stay in the first-level cache
   AHEAD = 1024,       // bytes of each stream asked for early: pages of 4 KiB defeat the hardware's own guess
+  SCALES_AHEAD = 4,   // blocks
 };
 
 // Each instruction set brings its own forms of these two.
@@ -45,20 +46,43 @@ INLINE lanes_f add_block(lanes_i acc, lanes_f scale, float x_scale, lanes_f sum)
   return __builtin_elementwise_fma(__builtin_convertvector(acc, lanes_f), scale * x_scale, sum);
 }
 
-// How far ahead of block b to ask: past a tile's end goes on in the same stream's tile of the next group.
-INLINE size_t ahead(size_t b, size_t blocks, size_t block, size_t tiles) {
-  size_t early = AHEAD / (block * TILE / 2);
-  return b + early < blocks ? AHEAD : AHEAD + (tiles - 1) * blocks * (block * TILE / 2);
+// A group of tiles being read side by side, and what is read after it.
+struct reading {
+  const uint8_t *codes;
+  const uint16_t *scales;
+  size_t block, blocks, bytes; // bytes: of a tile's codes
+  uintptr_t then_codes;        // how much further than codes and scales the next group's are
+  const uint16_t *then_scales;
+};
+
+INLINE struct reading read_group(const struct int4_matrix *w, size_t tile, size_t tiles, size_t end) {
+  size_t blocks = w->columns / w->block, bytes = tile_bytes(w->columns);
+  struct reading g = {w->codes + tile * bytes, w->scales + tile * blocks * TILE, w->block, blocks, bytes, 0, NULL};
+  int jump = tile + tiles >= end && w->next_codes;
+  g.then_codes = (jump ? (uintptr_t)w->next_codes - (uintptr_t)g.codes : tiles * bytes) - bytes;
+  g.then_scales = jump ? w->next_scales : g.scales + tiles * blocks * TILE;
+  return g;
 }
 
+INLINE void ask_for_scales(const struct reading *g, size_t b, size_t tiles) {
+  size_t early = b + SCALES_AHEAD;
+  const uint16_t *p = early < g->blocks ? g->scales + early * TILE : g->then_scales + (early - g->blocks) * TILE;
+  UNROLL for (size_t r = 0; r < tiles; r++) __builtin_prefetch(p + r * g->blocks * TILE);
+}
+
+// How far ahead of block b to ask for codes: past a tile's end goes on in the stream's next tile.
+INLINE uintptr_t ahead(const struct reading *g, size_t b) {
+  return b + AHEAD / (g->block * TILE / 2) < g->blocks ? AHEAD : AHEAD + g->then_codes;
+}
+
+INLINE void ask(const uint8_t *p, uintptr_t further) { __builtin_prefetch((const void *)((uintptr_t)p + further)); }
+
 // Few rows: `tiles` streams, codes expanded in registers, all rows from one reading.
-INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_t tile,
-                   const struct int8_rows *x, const size_t *at, float *y, size_t stride) {
-  size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
-  const uint8_t *codes = w->codes + tile * bytes;
-  const uint16_t *scales = w->scales + tile * blocks * TILE;
+INLINE void direct(size_t rows, size_t tiles, struct reading g, const struct int8_rows *x, const size_t *at,
+                   float *y, size_t stride) {
+  size_t block = g.block, bytes = g.bytes;
   lanes_f sum[DIRECT_ROWS][4] = {0};
-  for (size_t b = 0; b < blocks; b++) {
+  for (size_t b = 0; b < g.blocks; b++) {
     lanes_i acc[DIRECT_ROWS][4];
     const int8_t *xs[DIRECT_ROWS];
     UNROLL for (size_t t = 0; t < rows; t++) {
@@ -66,14 +90,14 @@ INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_
       lanes_i offset = x->offsets[b * x->count + at[t]] - (lanes_i){0};
       UNROLL for (size_t r = 0; r < tiles; r++) acc[t][r] = offset;
     }
-    size_t early = ahead(b, blocks, block, tiles);
-    UNROLL for (size_t r = 0; r < tiles; r++) __builtin_prefetch(scales + (r * blocks + b + 4) * TILE);
-    const uint8_t *group = codes + b * block * (TILE / 2);
+    uintptr_t early = ahead(&g, b);
+    ask_for_scales(&g, b, tiles);
+    const uint8_t *group = g.codes + b * block * (TILE / 2);
     TWICE for (size_t k = 0; k < block; k += 8, group += 64) {
       lanes_u raw[4];
       UNROLL for (size_t r = 0; r < tiles; r++) {
         raw[r] = load_codes(group + r * bytes);
-        __builtin_prefetch(group + r * bytes + early);
+        ask(group + r * bytes, early);
       }
       UNROLL for (size_t t = 0; t < rows; t++) {
         lanes_i low = four_bytes(xs[t] + k), high = four_bytes(xs[t] + k + 4);
@@ -84,7 +108,7 @@ INLINE void direct(size_t rows, size_t tiles, const struct int4_matrix *w, size_
       }
     }
     UNROLL for (size_t r = 0; r < tiles; r++) {
-      lanes_f scale = half_to_float(scales + (r * blocks + b) * TILE);
+      lanes_f scale = half_to_float(g.scales + (r * g.blocks + b) * TILE);
       UNROLL for (size_t t = 0; t < rows; t++)
         sum[t][r] = add_block(acc[t][r], scale, x->scales[b * x->count + at[t]], sum[t][r]);
     }
@@ -118,28 +142,27 @@ INLINE void panel_rows(size_t rows, const uint8_t *wide, const lanes_f *scale, s
 }
 
 // Many rows: a block's codes are expanded once and used by up to PANEL_COUNT rows.
-static void panel(const struct int4_matrix *w, size_t tile, const struct int8_rows *x, const size_t *at,
-                  size_t count, float *y, size_t stride) {
+static void panel(struct reading g, const struct int8_rows *x, const size_t *at, size_t count, float *y,
+                  size_t stride) {
   enum { TILES = PANEL_TILES };
-  size_t block = w->block, blocks = w->columns / block, bytes = tile_bytes(w->columns);
-  const uint8_t *codes = w->codes + tile * bytes;
-  const uint16_t *scales = w->scales + tile * blocks * TILE;
+  size_t block = g.block, bytes = g.bytes;
   _Alignas(64) uint8_t wide[MOST_BLOCK * TILE * TILES];
   lanes_f sum[PANEL_COUNT][TILES], scale[TILES];
   memset(sum, 0, count * sizeof sum[0]);
-  for (size_t b = 0; b < blocks; b++) {
-    size_t early = ahead(b, blocks, block, TILES);
-    const uint8_t *group = codes + b * block * (TILE / 2);
+  for (size_t b = 0; b < g.blocks; b++) {
+    uintptr_t early = ahead(&g, b);
+    ask_for_scales(&g, b, TILES);
+    const uint8_t *group = g.codes + b * block * (TILE / 2);
     uint8_t *to = wide;
     for (size_t k = 0; k < block / 8; k++, group += 64, to += 128 * TILES)
       UNROLL for (size_t r = 0; r < TILES; r++) {
         lanes_u raw = load_codes(group + r * bytes);
         lanes_u low = raw & 0x0f0f0f0fu, high = raw >> 4 & 0x0f0f0f0fu;
-        __builtin_prefetch(group + r * bytes + early);
+        ask(group + r * bytes, early);
         memcpy(to + r * 64, &low, 64);
         memcpy(to + (TILES + r) * 64, &high, 64);
       }
-    UNROLL for (size_t r = 0; r < TILES; r++) scale[r] = half_to_float(scales + (r * blocks + b) * TILE);
+    UNROLL for (size_t r = 0; r < TILES; r++) scale[r] = half_to_float(g.scales + (r * g.blocks + b) * TILE);
     size_t t = 0;
     for (; t + PANEL_ROWS <= count; t += PANEL_ROWS) panel_rows(PANEL_ROWS, wide, scale, b, x, at + t, sum + t);
     switch (count - t) {
@@ -160,18 +183,19 @@ static void multiply_some(const struct int4_matrix *w, size_t begin, size_t end,
 #define DIRECT(n)                                                                      \
   case n:                                                                              \
     for (; tile + DIRECT_TILES(n) <= end; tile += DIRECT_TILES(n))                     \
-      direct(n, DIRECT_TILES(n), w, tile, x, at, y + (tile - begin) * TILE, stride);   \
+      direct(n, DIRECT_TILES(n), read_group(w, tile, DIRECT_TILES(n), end), x, at,     \
+             y + (tile - begin) * TILE, stride);                                       \
     break;
     DIRECT(1) DIRECT(2) DIRECT(3) DIRECT(4)
 #undef DIRECT
     default:
       for (; tile + PANEL_TILES <= end; tile += PANEL_TILES)
-        panel(w, tile, x, at, count, y + (tile - begin) * TILE, stride);
+        panel(read_group(w, tile, PANEL_TILES, end), x, at, count, y + (tile - begin) * TILE, stride);
   }
   // The few tiles left of an odd width.
   for (; tile < end; tile++)
     for (size_t t = 0; t < count; t++)
-      direct(1, 1, w, tile, x, at + t, y + t * stride + (tile - begin) * TILE, stride);
+      direct(1, 1, read_group(w, tile, 1, end), x, at + t, y + t * stride + (tile - begin) * TILE, stride);
 }
 
 static void multiply(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,

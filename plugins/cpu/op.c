@@ -41,7 +41,7 @@ ort_status *matrix_of(const ort_api *api, const char *op, const struct tensor *w
     return failure(api, ORT_INVALID_ARGUMENT,
                    "%s: weight and scales do not have the form of %lld rows of %lld columns in blocks of %lld", op,
                    (long long)rows, (long long)columns, (long long)block);
-  *out = (struct int4_matrix){weight->data, scales->data, (size_t)columns, (size_t)block};
+  *out = (struct int4_matrix){weight->data, scales->data, (size_t)columns, (size_t)block, NULL, NULL};
   return NULL;
 }
 

@@ -47,9 +47,11 @@ static void quantise(void *argument, size_t begin, size_t end) {
 static void gate_and_up(void *argument, size_t begin, size_t end) {
   const struct call *c = argument;
   for (size_t unit = begin; unit < end; unit++) {
-    struct used *used = &c->routing.used[unit / c->slices];
-    struct int4_matrix w = matrix_at(&c->gate_up, (size_t)used->expert, 2 * c->inner / TILE);
-    size_t first = unit % c->slices * FEATURES;
+    const struct used *used = &c->routing.used[unit / c->slices];
+    size_t first = unit % c->slices * FEATURES, follower = unit + 1 < end ? unit + 1 : unit;
+    struct int4_matrix w = matrix_at(&c->gate_up, 2 * c->inner / TILE, (size_t)used->expert,
+                                     (size_t)c->routing.used[follower / c->slices].expert,
+                                     follower % c->slices * 2 * FEATURES / TILE);
     size_t width = c->inner - first < FEATURES ? c->inner - first : FEATURES;
     for (size_t done = 0; done < used->count; done += SOME_ROWS) {
       float both[SOME_ROWS * 2 * FEATURES], h[FEATURES];
@@ -71,8 +73,10 @@ static void down_and_mix(void *argument, size_t begin, size_t end) {
   for (size_t unit = begin; unit < end; unit++) {
     size_t first = unit * COLUMNS, width = c->d - first < COLUMNS ? c->d - first : COLUMNS;
     for (size_t e = 0; e < r->used_count; e++) {
-      const struct used *used = &r->used[e];
-      struct int4_matrix w = matrix_at(&c->down, (size_t)used->expert, c->d / TILE);
+      // After the last expert come the next columns of the first.
+      const struct used *used = &r->used[e], *follower = &r->used[e + 1 < r->used_count ? e + 1 : 0];
+      struct int4_matrix w = matrix_at(&c->down, c->d / TILE, (size_t)used->expert, (size_t)follower->expert,
+                                       (e + 1 < r->used_count ? first : (unit + 1) * COLUMNS) / TILE);
       for (size_t done = 0; done < used->count; done += SOME_ROWS) {
         float part[SOME_ROWS * COLUMNS];
         size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS, pair = used->first + done;

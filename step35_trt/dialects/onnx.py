@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from step35_trt.config import LayerSpec, Step35Config
     from step35_trt.program import CacheSpec
-    from step35_trt.weight_store import Layout, Matrix, Placed, WeightStore
+    from step35_trt.weight_file import Placed
+    from step35_trt.weight_store import Layout, Matrix, WeightStore
 
     Attribute = int | float | str | Sequence[int] | ir.Graph
 

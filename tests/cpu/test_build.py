@@ -24,7 +24,8 @@ from step35_trt.bundle import Bundle, staging
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UnsupportedError, UsageError
-from step35_trt.weight_store import WeightFile
+from step35_trt.journal import Journal, staged
+from step35_trt.weight_file import WeightFile
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -66,21 +67,21 @@ def in_child(work: Callable[[], object]) -> int:
 def test_a_kill_at_every_journal_step_resumes(
     source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = builder._Journal.finish
+    finish = Journal.finish
     out = tmp_path / "bundle"
     done: list[str] = []
 
-    def die_after_one(self: builder._Journal, file: str) -> None:
+    def die_after_one(self: Journal, file: str) -> None:
         finish(self, file)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def no_second_time(self: builder._Journal, file: str) -> None:
+    def no_second_time(self: Journal, file: str) -> None:
         assert file not in done
         finish(self, file)
 
     deaths = 0
     while not out.exists():
-        monkeypatch.setattr(builder._Journal, "finish", die_after_one)
+        monkeypatch.setattr(Journal, "finish", die_after_one)
         status = in_child(lambda: build(source, out, SPEC))
         if os.WIFSIGNALED(status):
             deaths += 1
@@ -89,7 +90,7 @@ def test_a_kill_at_every_journal_step_resumes(
             assert len(done) == deaths  # each run adds one file and repeats none
         else:
             break
-    monkeypatch.setattr(builder._Journal, "finish", no_second_time)
+    monkeypatch.setattr(Journal, "finish", no_second_time)
     build(source, out, SPEC)
     assert deaths == len(whole) - 1  # all but the manifest
     assert contents(out) == whole
@@ -125,7 +126,7 @@ def test_a_kill_in_the_middle_of_a_file(
 def test_a_torn_journal_line_costs_one_file(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     plan = builder._Plan.make(Checkpoint.open(source), builder.Recipe.load(SPEC.recipe), SPEC)
-    with contextlib.suppress(KeyboardInterrupt), builder._staged(out, plan) as (stage, journal):
+    with contextlib.suppress(KeyboardInterrupt), staged(out, plan.key, {}) as (stage, journal):
         for step in plan.steps[:3]:
             list(step.write(stage / step.file))
             journal.finish(step.file)
@@ -140,7 +141,7 @@ def test_another_build_in_the_same_place_starts_afresh(
     source: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "bundle"
-    monkeypatch.setattr(builder._Journal, "finish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(Journal, "finish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     in_child(lambda: build(source, out, EngineSpec.load("cpu-fp32")))
     monkeypatch.undo()
     assert staging(out).exists()
@@ -160,7 +161,7 @@ def test_building_twice(source: Path, tmp_path: Path) -> None:
 def test_two_builds_at_once(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     plan = builder._Plan.make(Checkpoint.open(source), builder.Recipe.load(SPEC.recipe), SPEC)
-    with pytest.raises(UsageError, match="another build"), builder._staged(out, plan):
+    with pytest.raises(UsageError, match="another build"), staged(out, plan.key, {}):
         build(source, out, SPEC)
 
 

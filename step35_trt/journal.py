@@ -1,0 +1,126 @@
+"""Building under a staging name: what is finished is remembered, what is whole is renamed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from step35_trt import bundle
+from step35_trt.bundle import KERNELS, TOKENIZER, WEIGHTS, FileRecord
+from step35_trt.errors import DoesNotFitError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass
+class Journal:
+    """Which files are finished, one JSON line each; lines survive the process, a torn last one is dropped."""
+
+    path: Path
+    records: dict[str, FileRecord] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, stage: Path, key: str) -> Journal:
+        """Go on with the journal of a staging directory, or empty it where the key is another."""
+        journal = cls(stage / JOURNAL)
+        lines = journal.path.read_text(encoding="utf-8").split("\n") if journal.path.exists() else []
+        if not lines or lines[0] != key:
+            for old in stage.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            journal.path.write_text(f"{key}\n", encoding="utf-8")
+            lines = [key]
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+                record = FileRecord.model_validate(entry["record"])
+                if (stage / entry["file"]).stat().st_size == record.size:
+                    journal.records[entry["file"]] = record
+            except (ValueError, KeyError, TypeError, OSError):
+                continue
+        return journal
+
+    def finished(self, file: str) -> bool:
+        """Whether an earlier run, or this one, has written the file."""
+        return file in self.records
+
+    def finish(self, file: str) -> None:
+        """Record a written file: synced, with its digest."""
+        path = self.path.parent / file
+        bundle.sync(path)
+        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path))
+        self.records[file] = record
+        with self.path.open("a", encoding="utf-8") as stream:
+            # The newline comes first: a line torn by a crash cannot swallow this one.
+            stream.write("\n" + json.dumps({"file": file, "record": record.model_dump()}))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+@contextmanager
+def staged(out: Path, key: str, sizes: dict[str, int]) -> Iterator[tuple[Path, Journal]]:
+    """The staging directory, locked; it takes the bundle's name when all went well.
+
+    Args:
+        out: The bundle.
+        key: What it is built from; another key's unfinished work is dropped.
+        sizes: Bytes of every file to come, as far as they are known.
+
+    Raises:
+        UsageError: another build is at it, or the place cannot be written.
+        DoesNotFitError: there is no room.
+    """
+    stage = bundle.staging(out)
+    with plain_os_errors(stage):
+        stage.mkdir(parents=True, exist_ok=True)
+        handle = os.open(stage, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another build is writing {stage}") from None
+            journal = Journal.open(stage, key)
+            for folder in (WEIGHTS, KERNELS, TOKENIZER):
+                (stage / folder).mkdir(exist_ok=True)
+            _check_room(stage, sizes, journal)
+            yield stage, journal
+            journal.path.unlink()
+            bundle.sync(stage)
+            if out.is_dir():
+                out.rmdir()  # an empty directory, made for us
+            stage.rename(out)
+            bundle.sync(out.parent)
+        finally:
+            os.close(handle)
+
+
+def _check_room(stage: Path, sizes: dict[str, int], journal: Journal) -> None:
+    needed = sum(size for file, size in sizes.items() if not journal.finished(file))
+    free = shutil.disk_usage(stage).free
+    if needed > free:
+        raise DoesNotFitError(
+            f"the bundle needs {needed / 1e9:.1f} GB more and {stage.parent} has {free / 1e9:.1f} GB free"
+        )
+
+
+@contextmanager
+def plain_os_errors(stage: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise DoesNotFitError(
+                f"no room left while writing to {stage}",
+                "What is finished is kept; make room and run the same command again.",
+            ) from None
+        raise UsageError(f"cannot write to {stage}: {error.strerror or error}") from None
