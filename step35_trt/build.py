@@ -18,8 +18,9 @@ from step35_trt import bundle
 from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, TOKENIZER, Manifest
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.cpu_library import compile_library
-from step35_trt.dialects.onnx import OURS, GraphWriter, Spelling, decoder_graph, mtp_graph
+from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
 from step35_trt.dialects.onnx_cpu import CpuSpelling
+from step35_trt.dialects.onnx_graph import OURS, GraphWriter
 from step35_trt.dialects.onnx_ort import OrtSpelling
 from step35_trt.errors import CorruptInputError, Step35Error, UsageError
 from step35_trt.journal import plain_os_errors, staged

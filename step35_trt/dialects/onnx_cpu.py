@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from step35_trt.dialects.onnx import OURS
+from step35_trt.dialects.onnx_graph import OURS
 from step35_trt.dialects.onnx_ort import OrtSpelling
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from step35_trt.config import LayerSpec
-    from step35_trt.dialects.onnx import GraphWriter
+    from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_store import Layout, Matrix
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from step35_trt.dialects.onnx import CONTRIB
+from step35_trt.dialects.onnx_graph import CONTRIB
 from step35_trt.program import CacheKind, CacheSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from step35_trt.config import LayerSpec
-    from step35_trt.dialects.onnx import GraphWriter
+    from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_store import Layout, Matrix
 
 

@@ -18,7 +18,7 @@ from step35_trt.program import CacheSpec
 
 if TYPE_CHECKING:
     from step35_trt.config import LayerSpec
-    from step35_trt.dialects.onnx import GraphWriter
+    from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_file import Placed
     from step35_trt.weight_store import Layout, Matrix
 
