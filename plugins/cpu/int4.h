@@ -42,10 +42,10 @@ struct int4_routines {
   // A block that holds a NaN or an infinity makes the results that use it non-finite.
   void (*quantise)(const float *x, size_t first, size_t width, const struct int8_rows *rows, size_t row);
 
-  // y[i * stride + 16 * (tile - begin) + lane] for the `count` rows that `pick` names (null: the first ones)
-  // and the tiles begin .. end - 1.
-  void (*multiply)(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x,
-                   const int32_t *pick, size_t count, float *y, size_t stride);
+  // y[i * stride + 16 * (tile - begin) + lane] for the rows first + i, i < count, and the tiles
+  // begin .. end - 1.
+  void (*multiply)(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x, size_t first,
+                   size_t count, float *y, size_t stride);
 
   // min(silu(gate), limit) * clamp(up, -limit, limit) over `pairs` times 16 gates and 16 ups.
   void (*swiglu)(const float *gate_up, size_t pairs, float limit, float *h);

@@ -37,10 +37,8 @@ static void last_tile(const struct call *c) {
   size_t tile = c->width / TILE, filled = c->width % TILE;
   for (size_t done = 0; done < c->rows.count; done += SHORT_ROWS) {
     float whole[SHORT_ROWS * TILE];
-    int32_t pick[SHORT_ROWS];
     size_t rows = c->rows.count - done < SHORT_ROWS ? c->rows.count - done : SHORT_ROWS;
-    for (size_t t = 0; t < rows; t++) pick[t] = (int32_t)(done + t);
-    c->routines->multiply(&c->w, tile, tile + 1, &c->rows, pick, rows, whole, TILE);
+    c->routines->multiply(&c->w, tile, tile + 1, &c->rows, done, rows, whole, TILE);
     for (size_t t = 0; t < rows; t++)
       memcpy(c->y + (done + t) * c->width + tile * TILE, whole + t * TILE, filled * sizeof *whole);
   }
@@ -54,7 +52,7 @@ static void multiply(void *argument, size_t begin, size_t end) {
     if (c->width % TILE) last_tile(c);
   }
   if (first < last)
-    c->routines->multiply(&c->w, first, last, &c->rows, NULL, c->rows.count, c->y + first * TILE, c->width);
+    c->routines->multiply(&c->w, first, last, &c->rows, 0, c->rows.count, c->y + first * TILE, c->width);
 }
 
 static ort_status *create(const ort_op *op, const ort_api *api, const ort_kernel_info *info, void **kernel) {

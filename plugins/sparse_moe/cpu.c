@@ -34,13 +34,26 @@ struct call {
   size_t d, inner, slices; // slices: of an expert's features
   float limit;
   struct int4_matrix gate_up, down;
-  struct int8_rows rows, hidden; // of the tokens; of the (expert, token) pairs
+  struct int8_rows rows, hidden; // of the (expert, token) pairs: an expert's lie side by side
   struct routing routing;
 };
 
+// One expert's rows of all, by block among themselves: it reads them again and again, so they lie together.
+static struct int8_rows rows_of(const struct int8_rows *all, size_t columns, const struct used *used) {
+  size_t blocks = columns / all->block;
+  return (struct int8_rows){all->codes + used->first * columns, all->scales + used->first * blocks,
+                            all->offsets + used->first * blocks, used->count, all->block};
+}
+
+// Unit: a used expert's tokens.
 static void quantise(void *argument, size_t begin, size_t end) {
   const struct call *c = argument;
-  for (size_t row = begin; row < end; row++) c->routines->quantise(c->x + row * c->d, 0, c->d, &c->rows, row);
+  for (size_t unit = begin; unit < end; unit++) {
+    const struct used *used = &c->routing.used[unit];
+    struct int8_rows rows = rows_of(&c->rows, c->d, used);
+    for (size_t i = 0; i < used->count; i++)
+      c->routines->quantise(c->x + (size_t)c->routing.token[used->first + i] * c->d, 0, c->d, &rows, i);
+  }
 }
 
 // Unit: a slice of one used expert's features, for all its tokens.
@@ -52,15 +65,15 @@ static void gate_and_up(void *argument, size_t begin, size_t end) {
     struct int4_matrix w = matrix_at(&c->gate_up, 2 * c->inner / TILE, (size_t)used->expert,
                                      (size_t)c->routing.used[follower / c->slices].expert,
                                      follower % c->slices * 2 * FEATURES / TILE);
+    struct int8_rows x = rows_of(&c->rows, c->d, used), hidden = rows_of(&c->hidden, c->inner, used);
     size_t width = c->inner - first < FEATURES ? c->inner - first : FEATURES;
     for (size_t done = 0; done < used->count; done += SOME_ROWS) {
       float both[SOME_ROWS * 2 * FEATURES], h[FEATURES];
-      size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS, pair = used->first + done;
-      c->routines->multiply(&w, 2 * first / TILE, 2 * (first + width) / TILE, &c->rows,
-                            c->routing.token + pair, rows, both, 2 * FEATURES);
+      size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS;
+      c->routines->multiply(&w, 2 * first / TILE, 2 * (first + width) / TILE, &x, done, rows, both, 2 * FEATURES);
       for (size_t i = 0; i < rows; i++) {
         c->routines->swiglu(both + i * 2 * FEATURES, width / TILE, c->limit, h);
-        c->routines->quantise(h, first, width, &c->hidden, pair + i);
+        c->routines->quantise(h, first, width, &hidden, done + i);
       }
     }
   }
@@ -77,14 +90,14 @@ static void down_and_mix(void *argument, size_t begin, size_t end) {
       const struct used *used = &r->used[e], *follower = &r->used[e + 1 < r->used_count ? e + 1 : 0];
       struct int4_matrix w = matrix_at(&c->down, c->d / TILE, (size_t)used->expert, (size_t)follower->expert,
                                        (e + 1 < r->used_count ? first : (unit + 1) * COLUMNS) / TILE);
+      struct int8_rows hidden = rows_of(&c->hidden, c->inner, used);
       for (size_t done = 0; done < used->count; done += SOME_ROWS) {
         float part[SOME_ROWS * COLUMNS];
-        size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS, pair = used->first + done;
-        c->routines->multiply(&w, first / TILE, (first + width) / TILE, &c->hidden, r->pair + pair, rows, part,
-                              COLUMNS);
-        for (size_t i = pair; i < pair + rows; i++)
-          c->routines->mix(part + (i - pair) * COLUMNS, width, r->weight[i], r->more[i],
-                           c->y + (size_t)r->token[i] * c->d + first);
+        size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS;
+        c->routines->multiply(&w, first / TILE, (first + width) / TILE, &hidden, done, rows, part, COLUMNS);
+        for (size_t i = 0, pair = used->first + done; i < rows; i++, pair++)
+          c->routines->mix(part + i * COLUMNS, width, r->weight[pair], r->more[pair],
+                           c->y + (size_t)r->token[pair] * c->d + first);
       }
     }
   }
@@ -127,10 +140,10 @@ static ort_status *compute(void *kernel, ort_kernel_context *context) {
   size_t pairs = (size_t)t * (size_t)self->top_k;
   void *routing = route(in[1].data, in[2].data, (size_t)t, (size_t)experts, (size_t)self->top_k, self->scale,
                         &c.routing);
-  void *rows = rows_room((size_t)t, c.d, c.down.block, &c.rows);
+  void *rows = rows_room(pairs, c.d, c.down.block, &c.rows);
   void *hidden = rows_room(pairs, c.inner, c.down.block, &c.hidden);
   if (routing && rows && hidden) {
-    const struct phase phases[] = {{quantise, (size_t)t},
+    const struct phase phases[] = {{quantise, c.routing.used_count},
                                    {gate_and_up, c.routing.used_count * c.slices},
                                    {down_and_mix, (c.d + COLUMNS - 1) / COLUMNS}};
     status = do_phases(api, context, phases, 3, c.routing.used_count * c.inner * c.d * 3 / 2, &c);

@@ -18,8 +18,8 @@ void *route(const float *selection, const float *weights, size_t tokens, size_t 
             float scale, struct routing *out) {
   size_t pairs = tokens * top_k;
   size_t sizes[] = {experts * sizeof(struct used), (experts + 1) * sizeof(size_t), tokens * sizeof(float),
-                    pairs * sizeof(int32_t),       pairs * sizeof(int32_t),       pairs * sizeof(float),
-                    pairs,                         tokens * experts};
+                    pairs * sizeof(int32_t),       pairs * sizeof(float),         pairs,
+                    tokens * experts};
   size_t total = 0, places[sizeof sizes / sizeof *sizes];
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
     places[i] = total;
@@ -29,10 +29,9 @@ void *route(const float *selection, const float *weights, size_t tokens, size_t 
   if (!room) return NULL;
   size_t *next = (size_t *)(room + places[1]);
   float *factor = (float *)(room + places[2]);
-  uint8_t *chosen = (uint8_t *)(room + places[7]);
-  *out = (struct routing){(struct used *)room,           0,
-                          (int32_t *)(room + places[3]), (int32_t *)(room + places[4]),
-                          (float *)(room + places[5]),   (uint8_t *)(room + places[6])};
+  uint8_t *chosen = (uint8_t *)(room + places[6]);
+  *out = (struct routing){(struct used *)room, 0, (int32_t *)(room + places[3]), (float *)(room + places[4]),
+                          (uint8_t *)(room + places[5])};
 
   memset(next, 0, sizes[1]);
   for (size_t t = 0; t < tokens; t++) {
@@ -55,7 +54,6 @@ void *route(const float *selection, const float *weights, size_t tokens, size_t 
       if (chosen[t * experts + e]) {
         size_t pair = next[e]++;
         out->token[pair] = (int32_t)t;
-        out->pair[pair] = (int32_t)pair;
         out->weight[pair] = weights[t * experts + e] / factor[t] * scale;
         out->more[pair] = more;
         more = 1;

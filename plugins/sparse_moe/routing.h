@@ -14,7 +14,7 @@ struct used {
 struct routing {
   struct used *used; // ascending
   size_t used_count;
-  int32_t *token, *pair; // of each pair: its token; its own index
+  int32_t *token; // of each pair
   float *weight;
   uint8_t *more; // whether a lower expert has the token too
 };

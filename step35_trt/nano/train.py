@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Parameters, Step35Config, Tensor, float], Tensor]
 
 SEED = 35
-DECODER_STEPS, MODULE_STEPS = 340, 350
+DECODER_STEPS, MODULE_STEPS = 1000, 450
 SHORT = (4, 256)  # sequences, tokens: four windows
 LONG = (1, 1024)  # sixteen windows
 LONG_EVERY = 16
