@@ -31,7 +31,9 @@ def main() -> None:
         error.show()
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        console.fail("interrupted", "Nothing is lost: the same command goes on where it stopped.")
+        console.fail(
+            "interrupted", "build-engine and batch go on where they stopped when they are run again."
+        )
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(INTERRUPTED)
@@ -208,14 +210,13 @@ def logits(model: str, ids: str, output: Path) -> None:
     import numpy as np
 
     from step35_trt.evaluate import evaluate
+    from step35_trt.journal import replacing
     from step35_trt.runtime.load import load_any
 
     session = load_any(model)
     result = evaluate(session, np.array(_checked(_ids(ids), session.config.vocab_size)))
-    partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as stream:
+    with replacing(output) as stream:
         np.savez(stream, logits=result.logits, hidden=result.hidden, mtp_logits=result.mtp_logits)
-    partial.rename(output)
     console.say(f"{output}: {len(result.logits)} tokens")
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from step35_trt import bundle
 from step35_trt.bundle import KERNELS, TOKENIZER, WEIGHTS, FileRecord
@@ -113,6 +113,24 @@ def _check_room(stage: Path, sizes: dict[str, int], journal: Journal) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream that becomes `path` when all is written, and leaves nothing otherwise.
+
+    Raises:
+        UsageError: the place cannot be written.
+        DoesNotFitError: there is no room.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with plain_os_errors(path):
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def plain_os_errors(stage: Path) -> Iterator[None]:
     """Turn what the file system refuses into a sentence."""
     try:
@@ -120,7 +138,7 @@ def plain_os_errors(stage: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise DoesNotFitError(
-                f"no room left while writing to {stage}",
-                "What is finished is kept; make room and run the same command again.",
+                f"no room left while writing {stage}",
+                "Make room and run the same command again; a build keeps what it has finished.",
             ) from None
-        raise UsageError(f"cannot write to {stage}: {error.strerror or error}") from None
+        raise UsageError(f"cannot write {stage}: {error.strerror or error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def test_logits(run, bundle: Path, checkpoints: dict[str, Path], tmp_path: Path,
     assert relative(got["hidden"], want.hidden) < 1e-4
     assert got["mtp_logits"].shape == (3, 30, 97)
     assert (np.isnan(got["mtp_logits"]) == np.isnan(want.mtp_logits)).all()
+
+
+def test_logits_leave_nothing_half_written(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "step35_trt", "logits", bundle, "--ids", ",".join(["1"] * 200)]
+    command += ["-o", tmp_path / "out.npz"]
+
+    def starved() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True, preexec_fn=starved)
+    assert done.returncode == 4
+    assert "no room left" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_is_greedy_and_drafts(run, bundle: Path, checkpoints: dict[str, Path]) -> None:  # type: ignore[no-untyped-def]
