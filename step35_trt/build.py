@@ -151,6 +151,7 @@ class _Plan:
     recipe: Recipe
     spec: EngineSpec
     steps: tuple[_Step, ...]
+    notes: tuple[str, ...]
     key: str
 
     @classmethod
@@ -169,7 +170,8 @@ class _Plan:
         for name in TOKENIZER_FILES:
             if (source.directory / name).is_file():
                 steps.append(_bytes_step(f"{TOKENIZER}/{name}", (source.directory / name).read_bytes()))
-        return cls(source, recipe, spec, tuple(steps), _key(source, recipe, spec))
+        notes = _notes(source.config, graphs, store)
+        return cls(source, recipe, spec, tuple(steps), notes, _key(source, recipe, spec))
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +187,7 @@ class _Plan:
             engine=self.spec,
             recipe=self.recipe,
             max_tokens=min(self.spec.max_tokens or limit, limit),
-            notes=_notes(config, self.recipe),
+            notes=self.notes,
             files={step.file: journal.records[step.file] for step in self.steps},
             model=json.loads((self.source.directory / "config.json").read_text(encoding="utf-8")),
         )
@@ -216,15 +218,18 @@ def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str 
     return Program(decoder=(segments[0],), mtp=tuple((segment,) for segment in segments[1:]))
 
 
-def _notes(config: Step35Config, recipe: Recipe) -> tuple[str, ...]:
-    clamped = [layer.index for layer in config.layers if layer.moe and layer.routed_limit]
-    if not clamped or recipe.activations == "int8":  # our own operators clamp as Step does
-        return ()
-    names = ", ".join(map(str, clamped))
-    return (
-        f"layers {names}: the experts' clamp after SiLU is computed as an equal clamp before it, with the up "
-        "rows stretched and the down rows shrunk by the same factor (specification 2.7)",
-    )
+def _notes(config: Step35Config, graphs: dict[str, GraphWriter], store: WeightStore) -> tuple[str, ...]:
+    notes = [
+        f"{name} stays in fp32: no block of 16 or more divides its width" for name in sorted(store.uncut)
+    ]
+    moved = any(node.op_type in ("MoE", "QMoE") for graph in graphs.values() for node in graph.tape.nodes)
+    clamped = ", ".join(str(layer.index) for layer in config.layers if layer.moe and layer.routed_limit)
+    if moved and clamped:  # our own operators clamp as Step does
+        notes.append(
+            f"layers {clamped}: the experts' clamp after SiLU is computed as an equal clamp before it, with "
+            "the up rows stretched and the down rows shrunk by the same factor (specification 2.7)"
+        )
+    return tuple(notes)
 
 
 def _weights_step(store: WeightStore, name: str) -> _Step:

@@ -69,6 +69,7 @@ class WeightStore:
     recipe: Recipe
     layout: Layout = "blocks"
     files: dict[str, WeightFile] = field(default_factory=dict)
+    uncut: set[str] = field(default_factory=set)
     _vectors: dict[tuple[str, float], Placed] = field(default_factory=dict)
     _matrices: dict[tuple[str, int], Matrix] = field(default_factory=dict)
     _experts: dict[str, Experts] = field(default_factory=dict)
@@ -85,39 +86,47 @@ class WeightStore:
             self._vectors[name, plus] = self._file(name).place(stored, "float32", shape, chunks)
         return self._vectors[name, plus]
 
-    def bits(self, name: str) -> int:
-        """Width of a weight's values in the recipe's precision."""
-        return BITS[self.recipe.rule(name).precision]
+    def coding(self, name: str) -> tuple[int, int]:
+        """Bits and block of a weight in the recipe's precision.
+
+        A width that no block divides stays in fp32 and is remembered in `uncut`. Stacked experts have one
+        block for both of their products, as their operators do.
+        """
+        rule = self.recipe.rule(name)
+        shape = self.checkpoint.tensors[name].shape
+        block = block_size(rule.block, *(shape[1:] if len(shape) == 3 else shape[-1:]))
+        if rule.precision == "fp32":
+            return 32, 0
+        if not block:
+            self.uncut.add(name)
+            return 32, 0
+        return BITS[rule.precision], block
 
     def matrix(self, name: str, *, fp32: bool = False) -> Matrix:
         """A weight `[..., N, K]` in the recipe's precision, or in fp32."""
-        bits = 32 if fp32 else self.bits(name)
+        bits, block = (32, 0) if fp32 else self.coding(name)
         if (name, bits) not in self._matrices:
             source = _Rows(self.checkpoint, name)
-            most = self.recipe.rule(name).block
-            self._matrices[name, bits] = self._place(name, name, source, bits, most)
+            self._matrices[name, bits] = self._place(name, name, source, bits, block)
         return self._matrices[name, bits]
 
     def experts(self, prefix: str, stretch: float) -> Experts:
         """The stacked experts under `prefix`.
 
         `stretch` multiplies the up rows and divides the down rows, which leaves an unclamped expert as it
-        was (the clamp's reparametrisation, see `dialects.onnx`).
+        was (the clamp's reparametrisation, see `dialects.onnx_ort`).
         """
         if prefix not in self._experts:
             gate, up, down = (f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
-            rule = self.recipe.rule(up)
-            bits = self.bits(up)
+            bits, block = self.coding(up)
             tiles = self.layout == "tiles" and bits == 4
             sources = (
                 _GateUp(self.checkpoint, gate, up, stretch, tiles),
                 _Rows(self.checkpoint, down, 1 / stretch),
             )
-            # The operator has one block size for both products.
-            common = block_size(rule.block, *(source.shape[-1] for source in sources))
             self._experts[prefix] = Experts(
-                self._place(gate, f"{prefix}.gate_up", sources[0], bits, common),
-                self._place(gate, f"{prefix}.down", sources[1], bits, common),
+                self._place(gate, f"{prefix}.gate_up", sources[0], bits, block),
+                self._place(gate, f"{prefix}.down", sources[1], bits, block),
             )
         return self._experts[prefix]
 
@@ -129,12 +138,11 @@ class WeightStore:
         name = f"weights/{stem}.safetensors"
         return self.files.setdefault(name, WeightFile(name))
 
-    def _place(self, weight: str, stored: str, source: _Source, bits: int, most: int) -> Matrix:
+    def _place(self, weight: str, stored: str, source: _Source, bits: int, block: int) -> Matrix:
         file, shape = self._file(weight), source.shape
         if bits == 32:
             parts = source.parts
             return Matrix(32, shape, file.place(stored, "float32", shape, lambda: map(source.read, parts)))
-        block = block_size(most, shape[-1])
         tiles = self.layout == "tiles" and bits == 4
         pending: list[NDArray[np.floating]] = []
 

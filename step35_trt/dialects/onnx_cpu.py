@@ -63,7 +63,8 @@ class CpuSpelling:
         limit: float,
     ) -> ir.Value:
         """See `Spelling`."""
-        if g.store.bits(f"{experts}.up_proj.weight") != 4:
+        bits, _ = g.store.coding(f"{experts}.up_proj.weight")
+        if bits != 4:
             return self.runtime.experts(g, x, selection, weights, experts, top_k, scale, limit)
         stored = g.store.experts(experts, stretch=1.0)
         inputs = [x, selection, weights]

@@ -6,25 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from step35_trt.errors import UnsupportedError
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
 def block_size(most: int, *features: int) -> int:
-    """The largest power of two up to `most`, at least 16, that divides every width.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
+    """The largest power of two up to `most`, at least 16, that divides every width; 0 where there is none."""
     size = most
-    while size >= 16:
-        if all(width % size == 0 for width in features):
-            return size
+    while size >= 16 and any(width % size for width in features):
         size //= 2
-    widths = " and ".join(map(str, features))
-    raise UnsupportedError(f"a width of {widths} cannot be cut into blocks of 16 or more")
+    return size if size >= 16 else 0
 
 
 def quantize_blocks(
