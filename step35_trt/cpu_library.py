@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ COMPILE = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 LINK = ["-shared", "-s", "-Wl,--build-id=none"]
 
 
-def compile_library(out: Path, target: str = "x86_64") -> None:
+def compile_library(out: Path, target: str = platform.machine()) -> None:
     """Write the library for `target` ("x86_64" or "aarch64") to `out`.
 
     Raises:
