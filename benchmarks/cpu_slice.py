@@ -189,8 +189,9 @@ def main() -> None:
             ratio = ours["bytes_per_token"] / (low / 1e3) / bandwidth
             line += f", {ours['bytes_per_token'] / 1e6:.0f} MB read, {ratio:.2f} of the bandwidth"
         if peer:
-            other = peer["ms"][str(count)]
-            line += f"; llama.cpp {other[0]:.1f} ms (median {other[1]:.1f}), ratio {low / other[0]:.2f}"
+            other = peer[str(count)]
+            line += f"; llama.cpp {other['ms_min']:.1f} ms (median {other['ms_median']:.1f})"
+            line += f", ratio {low / other['ms_min']:.2f}"
         print(line)
     budget = 1.15 * ours["weight_bytes"] + 300e6
     print(

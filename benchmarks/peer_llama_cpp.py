@@ -3,7 +3,8 @@
 The slice has the published widths, random Q4_0 weights and one layer of each kind: full attention with a
 dense FFN, window with dense, window with MoE, full with MoE. It measures speed only: its text is noise.
 
-    python -m venv peer && CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF" peer/bin/pip install llama-cpp-python gguf
+    python -m venv peer
+    CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF" peer/bin/pip install llama-cpp-python==0.3.36 gguf
     peer/bin/python benchmarks/peer_llama_cpp.py --gguf slice.gguf --json
 """
 
@@ -37,7 +38,8 @@ PREFILL, CONTEXT = 64, 256
 # Tokens of one call, and how many such calls a round holds: the short ones are the noisy ones.
 CALLS = {1: 4, 4: 2, 64: 1}
 BANDWIDTH_BYTES = 512 << 20
-LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+# llama.h: GGML_LOG_LEVEL_ERROR, LLAMA_LOAD_MODE_NONE, LLAMA_LOAD_MODE_MMAP.
+LOG_ERROR, LOAD_READ, LOAD_MAPPED = 4, 0, 1
 BLOCK, BLOCK_BYTES = 32, 18  # Q4_0: an fp16 scale and 32 nibbles
 
 
@@ -167,14 +169,17 @@ def write_slice(path: Path) -> None:
             tensor_bytes(name, shape),
             raw_dtype=kinds.Q4_0 if quantized else kinds.F32,
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        writer.write_tensor_data(values(name, shape, rng))
-    writer.close()
-    part.replace(path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        rng = np.random.default_rng(0)
+        for name, shape in shapes.items():
+            writer.write_tensor_data(values(name, shape, rng))
+        writer.close()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_bandwidth(threads: int) -> float:
@@ -211,11 +216,20 @@ def load_library() -> Any:
     except ImportError:
         raise PeerError(
             "llama_cpp is missing; install it into this Python: "
-            'CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF" pip install llama-cpp-python gguf'
+            'CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF" pip install llama-cpp-python==0.3.36 gguf'
         ) from None
     except (OSError, RuntimeError) as error:
         raise PeerError(f"llama_cpp does not load: {error}") from None
     return llama_cpp
+
+
+def assign(parameters: Any, **options: int | bool) -> None:
+    """Set fields of a C structure; an unknown one would become a Python attribute that nothing reads."""
+    known = {field[0] for field in parameters._fields_}
+    if missing := sorted(options.keys() - known):
+        raise PeerError(f"this llama_cpp has no option {', '.join(missing)}; install llama-cpp-python 0.3.36")
+    for name, value in options.items():
+        setattr(parameters, name, value)
 
 
 class Session:
@@ -233,15 +247,18 @@ class Session:
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = 0
-        model_params.use_mmap = use_mmap
-        model_params.use_extra_bufts = repack
+        assign(
+            model_params,
+            n_gpu_layers=0,
+            use_extra_bufts=repack,
+            load_mode=LOAD_MAPPED if use_mmap else LOAD_READ,
+        )
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:
             raise PeerError(f"llama.cpp cannot load {path}: {'; '.join(messages) or 'no reason given'}")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, PREFILL, PREFILL
-        params.n_threads = params.n_threads_batch = threads
+        assign(params, n_ctx=CONTEXT, n_batch=PREFILL, n_ubatch=PREFILL)
+        assign(params, n_threads=threads, n_threads_batch=threads)
         self._context: Any = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise PeerError(f"llama.cpp cannot make a context: {'; '.join(messages) or 'no reason given'}")
@@ -283,6 +300,8 @@ def resident() -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    if sys.platform != "linux":
+        raise PeerError("memory and bandwidth are measured as Linux reports them; this is not Linux")
     path: Path = arguments.gguf
     load_library()  # before the slice is written for nothing
     weights = sum(tensor_bytes(name, shape) for name, shape in tensors().items())
