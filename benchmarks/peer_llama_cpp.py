@@ -119,19 +119,7 @@ def values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
     return blocks.reshape(*shape[:-1], row)
 
 
-def write_slice(path: Path) -> None:
-    """Write the slice to `path`, one tensor in memory at a time."""
-    try:
-        import gguf
-    except ImportError:
-        raise PeerError("gguf is missing; install it into this Python: pip install gguf") from None
-    shapes = tensors()
-    need = sum(tensor_bytes(name, shape) for name, shape in shapes.items())
-    free = shutil.disk_usage(path.parent).free
-    if free < need * 1.05:
-        raise PeerError(f"{path.parent} has {free / 1e9:.1f} GB free; the slice takes {need / 1e9:.1f} GB")
-    part = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(part, "step35")
+def describe(writer: Any, gguf: Any) -> None:
     writer.add_name("Step 3.5 Flash slice, random weights")
     writer.add_context_length(4096)
     writer.add_block_count(len(HEADS))
@@ -158,6 +146,22 @@ def write_slice(path: Path) -> None:
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(VOCAB)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+
+
+def write_slice(path: Path) -> None:
+    """Write the slice to `path`, one tensor in memory at a time."""
+    try:
+        import gguf
+    except ImportError:
+        raise PeerError("gguf is missing; install it into this Python: pip install gguf") from None
+    shapes = tensors()
+    need = sum(tensor_bytes(name, shape) for name, shape in shapes.items())
+    free = shutil.disk_usage(path.parent).free
+    if free < need * 1.05:
+        raise PeerError(f"{path.parent} has {free / 1e9:.1f} GB free; the slice takes {need / 1e9:.1f} GB")
+    part = path.with_name(path.name + ".part")
+    writer = gguf.GGUFWriter(part, "step35")
+    describe(writer, gguf)
     kinds = gguf.GGMLQuantizationType
     for name, shape in shapes.items():
         quantized = is_quantized(name, shape)

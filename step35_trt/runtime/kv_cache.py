@@ -51,16 +51,17 @@ class LayerBuffers:
     before: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
     def __post_init__(self) -> None:
-        self.keys, self.values = self._empty(), self._empty()
+        self.keys, self.values = self.empty(), self.empty()
 
-    def _empty(self) -> NDArray[np.float32]:
+    def empty(self) -> NDArray[np.float32]:
+        """A new buffer of the layer's shape."""
         return np.zeros((1, self.spec.kv_heads, self.capacity, self.spec.head_dim), np.float32)
 
     def grow(self, capacity: int) -> None:
         """Make a linear cache larger, keeping its rows."""
         old_keys, old_values, rows = self.keys, self.values, self.capacity
         self.capacity = capacity
-        self.keys, self.values = self._empty(), self._empty()
+        self.keys, self.values = self.empty(), self.empty()
         self.keys[:, :, :rows], self.values[:, :, :rows] = old_keys, old_values
 
 
@@ -78,6 +79,10 @@ class SequenceCache:
         self.max_tokens = max_tokens
         self._last = 0  # rows of the latest call
         self.layers = [LayerBuffers(spec, self._first_capacity(spec, chunk)) for spec in specs]
+        # Layers share a few layouts: what a call changes is decided once for each, not once for each layer.
+        windows = [layer for layer in self.layers if layer.spec.kind == "compacting"]
+        self._layouts = {Layout(layer.spec.window, layer.capacity) for layer in windows}
+        self._kept = False  # whether buffers from before an eviction are held
 
     def _first_capacity(self, spec: CacheSpec, chunk: int) -> int:
         if spec.kind == "linear":
@@ -93,31 +98,34 @@ class SequenceCache:
         an earlier end would look at; then the last few tokens get a call of their own.
         """
         total = self.length + tokens
-        for layer in self.layers:
-            if layer.spec.kind == "compacting" and tokens > MOST_REJECTED:
-                layout = Layout(layer.spec.window, layer.capacity)
-                if total - layout.first(total) < layer.spec.window + MOST_REJECTED and layout.first(total):
+        if tokens > MOST_REJECTED:
+            for layout in self._layouts:
+                first = layout.first(total)
+                if first and total - first < layout.window + MOST_REJECTED:
                     return [tokens - MOST_REJECTED, MOST_REJECTED]
         return [tokens]
 
     def prepare(self, tokens: int) -> bool:
         """Make room for a call; True where buffers were exchanged and must be bound anew."""
-        changed = False
         total = self.length + tokens
+        full = any(layer.spec.kind == "linear" and total > layer.capacity for layer in self.layers)
+        moves = self.length > 0 and self._moved(self.length, total)
+        if not (full or moves or self._kept):
+            return False
         for layer in self.layers:
-            layer.before, had = None, layer.before is not None
-            changed |= had
+            layer.before = None
             if layer.spec.kind == "linear" and total > layer.capacity:
                 layer.grow(min(self.max_tokens, max(total, 2 * layer.capacity)))
-                changed = True
-            elif layer.spec.kind == "compacting":
-                layout = Layout(layer.spec.window, layer.capacity)
-                if layout.evictions(total) != layout.evictions(self.length) and self.length:
-                    # Rows will move: keep what was, for the case that the call is taken back in part.
-                    layer.before = layer.keys, layer.values
-                    layer.keys, layer.values = layer._empty(), layer._empty()
-                    changed = True
-        return changed
+            elif layer.spec.kind == "compacting" and moves:
+                # Rows will move: keep what was, for the case that the call is taken back in part.
+                layer.before = layer.keys, layer.values
+                layer.keys, layer.values = layer.empty(), layer.empty()
+        self._kept = moves
+        return True
+
+    def _moved(self, start: int, end: int) -> bool:
+        """Whether a window cache of `end` rows lies otherwise than one of `start`."""
+        return any(layout.evictions(start) != layout.evictions(end) for layout in self._layouts)
 
     def advance(self, tokens: int) -> None:
         """Count a finished call."""
@@ -127,9 +135,10 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forget rows at and after `length`, which lie in the latest call."""
         assert self.length - self._last <= length <= self.length, "only the latest call can be taken back"
-        for layer in self.layers:
-            if layer.spec.kind == "compacting":
-                self._restore(layer, length)
+        if self._moved(length, self.length):
+            for layer in self.layers:
+                if layer.spec.kind == "compacting":
+                    self._restore(layer, length)
         self._last -= self.length - length
         self.length = length
 

@@ -47,6 +47,9 @@ def inference_session(model: Path, library: Path | None = None) -> ort.Inference
         raise CorruptInputError(f"{model.name} cannot be loaded: {first_line}") from None
 
 
+MOST_KEPT = 8  # tokens of a call whose binding is kept
+
+
 @dataclass(frozen=True)
 class OnnxSession:
     """`Session` over a directory of graphs. A module's graph is loaded when it is first used."""
@@ -116,8 +119,23 @@ class OnnxSequence:
         self._modules[module].cache.truncate(length)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A binding for calls of one size, with the arrays it reads and writes; it knows their addresses only."""
+
+    binding: Any
+    token_ids: Ids
+    rows: Ids
+    past_length: Ids
+    carried: Floats
+    step: Step
+
+
 class _CachedGraph:
-    """A graph bound to one sequence's buffers; the binding outlives the calls that do not change them."""
+    """A graph over one sequence's buffers.
+
+    Bindings of short calls are kept: making one costs as much as a small graph's run.
+    """
 
     def __init__(
         self, graph: ort.InferenceSession, specs: tuple[CacheSpec, ...], session: OnnxSession
@@ -125,52 +143,60 @@ class _CachedGraph:
         self.graph = graph
         self.config = session.config
         self.cache = SequenceCache(specs, session.max_tokens, session.prefill_chunk)
-        self.binding: Any = None
+        self._calls: dict[tuple[int, int], _Call] = {}
 
     def run(self, token_ids: Ids, hidden: Floats | None, rows: Ids) -> Step:
         if self.cache.length + len(token_ids) > self.cache.max_tokens:
             raise DoesNotFitError(f"the context limit of {self.cache.max_tokens} tokens would be passed")
+        pieces = self.cache.pieces(len(token_ids))
+        if len(pieces) == 1:
+            return self._run_piece(token_ids, hidden, rows)
         steps, start = [], 0
-        for size in self.cache.pieces(len(token_ids)):
+        for size in pieces:
             part = slice(start, start + size)
             wanted = rows[(rows >= start) & (rows < start + size)] - start
             steps.append(self._run_piece(token_ids[part], None if hidden is None else hidden[part], wanted))
             start += size
-        if len(steps) == 1:
-            return steps[0]
         return Step(np.concatenate([s.logits for s in steps]), np.concatenate([s.hidden for s in steps]))
 
     def _run_piece(self, token_ids: Ids, hidden: Floats | None, rows: Ids) -> Step:
-        if self.cache.prepare(len(token_ids)) or self.binding is None:
-            self._bind_caches()
-        step = Step(
-            np.empty((len(rows), self.config.vocab_size), np.float32),
-            np.empty((len(token_ids), self.config.hidden_size), np.float32),
-        )
-        inputs: dict[str, np.ndarray] = {"token_ids": token_ids, "rows": rows}
-        inputs["past_length"] = np.array([self.cache.length])
+        size = len(token_ids), len(rows)
+        if self.cache.prepare(size[0]):
+            self._calls.clear()
+        call = self._calls.get(size) or self._bound(*size, hidden is not None)
+        call.token_ids[:], call.rows[:], call.past_length[0] = token_ids, rows, self.cache.length
         if hidden is not None:
-            inputs["carried"] = hidden
-        for name, array in inputs.items():
-            self.binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        _bind_output(self.binding, "logits", step.logits)
-        _bind_output(self.binding, "hidden", step.hidden)
-        self.graph.run_with_iobinding(self.binding)
-        self.cache.advance(len(token_ids))
-        return step
+            call.carried[:] = hidden
+        self.graph.run_with_iobinding(call.binding)
+        self.cache.advance(size[0])
+        if size[0] > MOST_KEPT:
+            return call.step
+        self._calls[size] = call
+        return Step(call.step.logits.copy(), call.step.hidden.copy())
 
-    def _bind_caches(self) -> None:
-        self.binding = self.graph.io_binding()
+    def _bound(self, tokens: int, rows: int, carries: bool) -> _Call:
+        hidden = self.config.hidden_size
+        call = _Call(
+            self.graph.io_binding(),
+            np.zeros(tokens, np.int64),
+            np.zeros(rows, np.int64),
+            np.zeros(1, np.int64),
+            np.zeros((tokens if carries else 0, hidden), np.float32),
+            Step(
+                np.empty((rows, self.config.vocab_size), np.float32), np.empty((tokens, hidden), np.float32)
+            ),
+        )
+        for name in ("token_ids", "rows", "past_length", "carried")[: 4 if carries else 3]:
+            call.binding.bind_cpu_input(name, getattr(call, name))
+        _bind_output(call.binding, "logits", call.step.logits)
+        _bind_output(call.binding, "hidden", call.step.hidden)
         for layer in self.cache.layers:
             past = layer.before or (layer.keys, layer.values)
-            for name, source, target in (
-                ("key", past[0], layer.keys),
-                ("value", past[1], layer.values),
-            ):
-                self.binding.bind_cpu_input(f"past_{name}.{layer.spec.layer}", source)
-                _bind_output(self.binding, f"{name}.{layer.spec.layer}", target)
+            for name, source, target in (("key", past[0], layer.keys), ("value", past[1], layer.values)):
+                call.binding.bind_cpu_input(f"past_{name}.{layer.spec.layer}", source)
+                _bind_output(call.binding, f"{name}.{layer.spec.layer}", target)
+        return call
 
 
 def _bind_output(binding: Any, name: str, array: Floats) -> None:
-    """Let the runtime write into `array`, which must stay alive through the call."""
     binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
