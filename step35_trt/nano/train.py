@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from step35_trt.config import Step35Config
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Parameters, Step35Config, Tensor, float], Tensor]
 
 SEED = 35
-DECODER_STEPS, MODULE_STEPS = 1000, 450
+DECODER_STEPS, MODULE_STEPS = 1000, 1000
 SHORT = (4, 256)  # sequences, tokens: four windows
 LONG = (1, 1024)  # sixteen windows
 LONG_EVERY = 16
@@ -47,12 +48,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train nano.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--decoder", type=Path, help="a finished nano whose decoder is kept as it is")
     arguments = parser.parse_args()
-    train(arguments.output, arguments.scale)
+    train(arguments.output, arguments.scale, arguments.decoder)
 
 
-def train(output: Path, scale: float = 1.0) -> None:
-    """Train from nothing and write the four files; prints a summary over held-out text."""
+def train(output: Path, scale: float = 1.0, decoder: Path | None = None) -> None:
+    """Train and write the four files; prints a summary over held-out text.
+
+    Args:
+        output: Where the files go.
+        scale: Share of the steps.
+        decoder: Only the modules are trained, on this nano's decoder. They come out as they would in a run
+            from nothing: the two parts share no random numbers.
+    """
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
@@ -69,7 +78,15 @@ def train(output: Path, scale: float = 1.0) -> None:
     stream = training_tokens(tokenizer)
     parameters = Parameters.start(config, torch.Generator().manual_seed(SEED))
     prefixes = tuple(f"{layer.prefix}." for layer in config.mtp_layers)
-    for steps, loss, modules in ((DECODER_STEPS, decoder_loss, False), (MODULE_STEPS, module_loss, True)):
+    if decoder is not None:
+        finished = load_file(decoder / "model.safetensors")
+        with torch.no_grad():
+            for name, value in parameters.values.items():
+                if not name.startswith(prefixes):
+                    value.copy_(finished[name])
+        parameters.round()
+    courses = ((DECODER_STEPS, decoder_loss, False), (MODULE_STEPS, module_loss, True))
+    for steps, loss, modules in courses if decoder is None else courses[1:]:
         trained = {n: v for n, v in parameters.values.items() if n.startswith(prefixes) == modules}
         course = Course(
             parameters, config, loss, Optimiser(trained), Batches(stream, *SHORT), Batches(stream, *LONG)
