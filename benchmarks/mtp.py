@@ -51,12 +51,12 @@ def main() -> None:
                     if depth == 3:
                         drafted += stats.drafted
                         accepted += stats.accepted
-    baseline = float(np.median(rates["0"]))
     rows = {
         depth: {
             "tokens_per_second": round(float(np.median(values)), 1),
             "quartiles": [round(float(q), 1) for q in np.quantile(values, (0.25, 0.75))],
-            "ratio_to_no_drafts": round(float(np.median(values)) / baseline, 3),
+            # Of neighbours in time: the median ratio of a prompt's runs.
+            "ratio_to_no_drafts": round(float(np.median(np.divide(values, rates["0"]))), 3),
             "mean_accepted_length": round(float(np.mean(lengths[depth])), 3),
         }
         for depth, values in rates.items()
