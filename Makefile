@@ -17,7 +17,7 @@ TORCH := torch==2.13.0
 
 demo: .venv/core ## build nano for the CPU in int4 and complete a prompt, drafting
 	$(BIN)/step35-trt build-engine nano -o build/nano-cpu-int4 --engine cpu-int4
-	$(BIN)/step35-trt generate build/nano-cpu-int4 --prompt "The import statement" --max-tokens 96
+	$(BIN)/step35-trt generate build/nano-cpu-int4 --prompt "def read(self, size=-1):" --max-tokens 64
 
 test: .venv/dev ## the whole suite, on every core
 	$(BIN)/python -m pytest -n auto
