@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +21,7 @@ from step35_trt.dialects.onnx_cpu import CpuSpelling
 from step35_trt.dialects.onnx_graph import OURS, GraphWriter
 from step35_trt.dialects.onnx_ort import OrtSpelling
 from step35_trt.errors import CorruptInputError, Step35Error, UsageError
-from step35_trt.journal import plain_os_errors, staged
+from step35_trt.journal import staged
 from step35_trt.program import Program, Segment
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.weight_store import WeightStore
@@ -62,22 +60,7 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     plan = _Plan.make(source, recipe, spec)
     if _is_there(out, plan):
         return False
-    sizes = {step.file: step.nbytes for step in plan.steps}
-    with staged(out, plan.key, sizes) as (stage, journal):
-        total = plan.nbytes
-        done = 0
-        for step in plan.steps:
-            if not journal.finished(step.file):
-                for written in step.write(stage / step.file):
-                    done += written
-                    if progress:
-                        progress(done, total, step.file)
-                journal.finish(step.file)
-            else:
-                done += step.nbytes
-            if progress:
-                progress(done, total, step.file)
-        plan.write_manifest(stage, journal)
+    _write(out, plan.key, plan.steps, progress, plan.write_manifest)
     return True
 
 
@@ -87,28 +70,39 @@ def export_onnx(
     """Write the graphs and their weights into a new directory; returns the files' names.
 
     Raises:
-        Step35Error: one of its kinds; nothing is left behind.
+        Step35Error: one of its kinds; what was finished stays for the next run.
     """
     source = Checkpoint.open(checkpoint)
     store = WeightStore(source, recipe, spelling.layout)
-    graphs = _graphs(source.config, store, spelling)
+    steps = _model_steps(source.config, store, _graphs(source.config, store, spelling), None)
     if out.exists():
         raise UsageError(f"{out} exists already", "Name another directory with -o.")
-    steps = [_weights_step(store, name) for name in store.files]
-    steps += [_graph_step(name, graph) for name, graph in graphs.items()]
-    steps.append(_bytes_step(PROGRAM, _program(source.config, graphs).model_dump_json(indent=1).encode()))
-    total, done = sum(step.nbytes for step in steps), 0
-    stage = bundle.staging(out)
-    with plain_os_errors(stage), ExitStack() as cleanup:
-        (stage / bundle.WEIGHTS).mkdir(parents=True)
-        cleanup.callback(shutil.rmtree, stage, ignore_errors=True)
-        for step in steps:
-            for written in step.write(stage / step.file):
-                done += written
-                if progress:
-                    progress(done, total, step.file)
-        stage.rename(out)
+    _write(out, _key(source, recipe, repr(spelling)), steps, progress, lambda _stage, _journal: None)
     return [step.file for step in steps]
+
+
+def _write(
+    out: Path,
+    key: str,
+    steps: Sequence[_Step],
+    progress: Progress | None,
+    seal: Callable[[Path, Journal], None],
+) -> None:
+    """Write what is not written yet, seal it, and give it its name."""
+    total, done = sum(step.nbytes for step in steps), 0
+    with staged(out, key, {step.file: step.nbytes for step in steps}) as (stage, journal):
+        for step in steps:
+            if journal.finished(step.file):
+                done += step.nbytes
+            else:
+                for written in step.write(stage / step.file):
+                    done += written
+                    if progress:
+                        progress(done, total, step.file)
+                journal.finish(step.file)
+            if progress:
+                progress(done, total, step.file)
+        seal(stage, journal)
 
 
 def check_modules_differ(source: Checkpoint) -> None:
@@ -161,21 +155,14 @@ class _Plan:
         graphs = _graphs(source.config, store, spelling)
         ours = any(OURS in graph.domains for graph in graphs.values())
         library = f"{KERNELS}/step35-cpu-{platform.machine()}.so" if ours else None
-        program = _program(source.config, graphs, library)
         # A missing compiler is better said before the long part.
         steps = [_library_step(library)] if library else []
-        steps += [_weights_step(store, name) for name in store.files]
-        steps += [_graph_step(name, graph) for name, graph in graphs.items()]
-        steps.append(_bytes_step(PROGRAM, program.model_dump_json(indent=1).encode()))
+        steps += _model_steps(source.config, store, graphs, library)
         for name in TOKENIZER_FILES:
             if (source.directory / name).is_file():
                 steps.append(_bytes_step(f"{TOKENIZER}/{name}", (source.directory / name).read_bytes()))
         notes = _notes(source.config, graphs, store)
-        return cls(source, recipe, spec, tuple(steps), notes, _key(source, recipe, spec))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(step.nbytes for step in self.steps)
+        return cls(source, recipe, spec, tuple(steps), notes, _key(source, recipe, spec.model_dump_json()))
 
     def write_manifest(self, stage: Path, journal: Journal) -> None:
         config = self.source.config
@@ -203,7 +190,17 @@ def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dic
     return graphs
 
 
-def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None = None) -> Program:
+def _model_steps(
+    config: Step35Config, store: WeightStore, graphs: dict[str, GraphWriter], library: str | None
+) -> list[_Step]:
+    """Weights, graphs and the program over them."""
+    program = _program(config, graphs, library).model_dump_json(indent=1).encode()
+    weights = [_weights_step(store, name) for name in store.files]
+    written = [_graph_step(name, graph) for name, graph in graphs.items()]
+    return [*weights, *written, _bytes_step(PROGRAM, program)]
+
+
+def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None) -> Program:
     segments = [
         Segment(
             file=name,
@@ -266,14 +263,14 @@ def _bytes_step(name: str, content: bytes) -> _Step:
     return _Step(name, len(content), write)
 
 
-def _key(source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> str:
+def _key(source: Checkpoint, recipe: Recipe, target: str) -> str:
     """What the result depends on, without reading the weights: an interrupted build resumes only its own."""
     tensors = {n: [t.file.name, t.offset, t.dtype, t.shape] for n, t in sorted(source.tensors.items())}
     files = sorted({t.file for t in source.tensors.values()})
     parts = [
         bundle.versions(),
         recipe.model_dump(mode="json"),
-        spec.model_dump(mode="json"),
+        target,
         (source.directory / "config.json").read_text(encoding="utf-8"),
         tensors,
         [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
 from step35_trt import bundle
-from step35_trt.bundle import KERNELS, TOKENIZER, WEIGHTS, FileRecord
+from step35_trt.bundle import FileRecord
 from step35_trt.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def staged(out: Path, key: str, sizes: dict[str, int]) -> Iterator[tuple[Path, J
             except BlockingIOError:
                 raise UsageError(f"another build is writing {stage}") from None
             journal = Journal.open(stage, key)
-            for folder in (WEIGHTS, KERNELS, TOKENIZER):
-                (stage / folder).mkdir(exist_ok=True)
+            for file in sizes:
+                (stage / file).parent.mkdir(exist_ok=True)
             _check_room(stage, sizes, journal)
             yield stage, journal
             journal.path.unlink()

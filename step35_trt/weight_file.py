@@ -66,7 +66,7 @@ class WeightFile:
         for placed, chunks in self.tensors:
             written = 0
             for chunk in chunks():
-                if not np.isfinite(chunk).all() if chunk.dtype == np.float32 else False:
+                if chunk.dtype == np.float32 and not np.isfinite(chunk).all():
                     raise CorruptInputError(f"{placed.name} holds a NaN or an infinity")
                 data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
                 stream.write(data.data)

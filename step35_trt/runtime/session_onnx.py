@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from step35_trt.program import CacheSpec, Program, Segment
     from step35_trt.runtime.session import Floats, Ids
 
+MOST_KEPT = 8  # tokens of a call whose binding is kept
+
 
 def inference_session(model: Path, library: Path | None = None) -> ort.InferenceSession:
     """Load a graph and the operators it needs; one thread for each core.
@@ -45,9 +47,6 @@ def inference_session(model: Path, library: Path | None = None) -> ort.Inference
     except Exception as error:  # the runtime's exceptions have no common base
         first_line = str(error).splitlines()[0]
         raise CorruptInputError(f"{model.name} cannot be loaded: {first_line}") from None
-
-
-MOST_KEPT = 8  # tokens of a call whose binding is kept
 
 
 @dataclass(frozen=True)

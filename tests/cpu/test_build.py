@@ -22,9 +22,11 @@ from step35_trt import build as builder
 from step35_trt.build import build
 from step35_trt.bundle import Bundle, staging
 from step35_trt.checkpoint import Checkpoint
+from step35_trt.dialects.onnx_standard import StandardSpelling
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import CorruptInputError, DoesNotFitError, Step35Error, UnsupportedError, UsageError
 from step35_trt.journal import Journal, staged
+from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
 from step35_trt.weight_file import WeightFile
 from tests.synthetic import raw_config, write_checkpoint
@@ -127,7 +129,8 @@ def test_a_kill_in_the_middle_of_a_file(
 def test_a_torn_journal_line_costs_one_file(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     plan = builder._Plan.make(Checkpoint.open(source), builder.Recipe.load(SPEC.recipe), SPEC)
-    with contextlib.suppress(KeyboardInterrupt), staged(out, plan.key, {}) as (stage, journal):
+    sizes = {step.file: step.nbytes for step in plan.steps}
+    with contextlib.suppress(KeyboardInterrupt), staged(out, plan.key, sizes) as (stage, journal):
         for step in plan.steps[:3]:
             list(step.write(stage / step.file))
             journal.finish(step.file)
@@ -148,6 +151,21 @@ def test_another_build_in_the_same_place_starts_afresh(
     assert staging(out).exists()
     build(source, out, SPEC)
     assert contents(out) == whole
+
+
+def test_a_killed_export_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.load("fp32")
+
+    def export(out: Path) -> object:
+        return builder.export_onnx(source, out, StandardSpelling(), recipe)
+
+    finish = Journal.finish
+    monkeypatch.setattr(Journal, "finish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert os.WIFSIGNALED(in_child(lambda: export(tmp_path / "killed")))
+    monkeypatch.setattr(Journal, "finish", finish)
+    export(tmp_path / "killed")
+    export(tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_building_twice(source: Path, tmp_path: Path) -> None:
