@@ -22,7 +22,7 @@ from step35_trt.errors import Step35Error, UnsupportedError
 from step35_trt.resources import DATA
 
 TARGETS = {"x86_64": "x86_64-linux-gnu.2.28", "aarch64": "aarch64-linux-gnu.2.28"}
-FOLDERS = ("cpu", "int4_linear", "sparse_moe")
+FOLDERS = ("cpu", "gated_attention", "int4_linear", "sparse_moe")
 # Fused multiply-adds are written where they are meant: results must not depend on the instruction set.
 COMPILE = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w"]
 LINK = ["-shared", "-s", "-Wl,--build-id=none"]

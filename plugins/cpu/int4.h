@@ -36,8 +36,6 @@ struct int8_rows {
 };
 
 struct int4_routines {
-  const char *name;
-
   // Quantises `width` values of `row` from column `first` on; both are multiples of the block.
   // A block that holds a NaN or an infinity makes the results that use it non-finite.
   void (*quantise)(const float *x, size_t first, size_t width, const struct int8_rows *rows, size_t row);
@@ -47,17 +45,16 @@ struct int4_routines {
   void (*multiply)(const struct int4_matrix *w, size_t begin, size_t end, const struct int8_rows *x, size_t first,
                    size_t count, float *y, size_t stride);
 
-  // min(silu(gate), limit) * clamp(up, -limit, limit) over `pairs` times 16 gates and 16 ups.
-  void (*swiglu)(const float *gate_up, size_t pairs, float limit, float *h);
+  // min(silu(gate), limit) * clamp(up, -limit, limit) of `vectors` times 16 gates and ups, each `step` values
+  // after the one before.
+  void (*swiglu)(const float *gate, const float *up, size_t step, size_t vectors, float limit, float *h);
 
   // y = weight * d, or y += weight * d where `more`.
   void (*mix)(const float *d, size_t width, float weight, int more, float *y);
 };
 
-extern const struct int4_routines int4_portable, int4_avx2, int4_avx512, int4_neon;
-
-// The best routines this processor has, or those STEP35_CPU_ISA names: null where it lacks them.
-const struct int4_routines *int4_choose(void);
+// By `enum isa`; null where the target has no such instructions.
+extern const struct int4_routines *const int4_routines[];
 
 static inline size_t tile_bytes(size_t columns) { return columns * TILE / 2; }
 

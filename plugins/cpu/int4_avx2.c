@@ -4,7 +4,6 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 
 #define ROUTINES int4_avx2
-#define ROUTINES_NAME "avx2"
 #define DIRECT_TILES(t) ((t) <= 2 ? 2 : 1)
 #define PANEL_ROWS 4
 #define PANEL_TILES 1

@@ -4,7 +4,6 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))), apply_to = function)
 
 #define ROUTINES int4_avx512
-#define ROUTINES_NAME "avx512"
 #define DIRECT_TILES(t) 4
 #define PANEL_ROWS 6
 #define PANEL_TILES 4

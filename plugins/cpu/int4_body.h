@@ -6,18 +6,8 @@
 //   DIRECT_TILES(t)         tiles read side by side for t rows at once
 //   PANEL_ROWS, PANEL_TILES the register tile for many rows
 //   ROUTINES                the name of the table
-// A vector of 16 lanes is one register of AVX-512 and several of the others; compilers split it.
-#include <string.h>
-
 #include "int4.h"
-
-typedef int32_t lanes_i __attribute__((vector_size(64)));
-typedef uint32_t lanes_u __attribute__((vector_size(64)));
-typedef float lanes_f __attribute__((vector_size(64)));
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("clang loop unroll(full)")
-#define TWICE _Pragma("clang loop unroll_count(2)")
+#include "lanes.h"
 
 enum {
   DIRECT_ROWS = 4,    // up to here codes are expanded as they are read; beyond, that costs more than it saves
@@ -239,4 +229,4 @@ static void multiply(const struct int4_matrix *w, size_t begin, size_t end, cons
 
 #include "int4_rows.h"
 
-const struct int4_routines ROUTINES = {ROUTINES_NAME, quantise, multiply, swiglu, mix};
+const struct int4_routines ROUTINES = {quantise, multiply, swiglu, mix};

@@ -4,7 +4,6 @@
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 
 #define ROUTINES int4_neon
-#define ROUTINES_NAME "neon"
 #define DIRECT_TILES(t) ((t) <= 2 ? 2 : 1)
 #define PANEL_ROWS 5
 #define PANEL_TILES 1

@@ -1,6 +1,5 @@
 // No instruction set in particular.
 #define ROUTINES int4_portable
-#define ROUTINES_NAME "portable"
 #define DIRECT_TILES(t) 1
 #define PANEL_ROWS 2
 #define PANEL_TILES 1

@@ -3,7 +3,7 @@
 
 #include "ort_api.h"
 
-extern const ort_op int4_linear_op, int4_experts_op;
+extern const ort_op gated_attention_op, int4_linear_op, int4_gated_linear_op, int4_experts_op;
 
 __attribute__((visibility("default"))) ort_status *RegisterCustomOps(ort_session_options *options,
                                                                      const ort_api_base *base) {
@@ -12,9 +12,9 @@ __attribute__((visibility("default"))) ort_status *RegisterCustomOps(ort_session
   const ort_api *api = base->get_api(ORT_VERSION);
   ort_domain *domain = atomic_load(&shared);
   if (!domain) {
+    static const ort_op *const ops[] = {&gated_attention_op, &int4_linear_op, &int4_gated_linear_op, &int4_experts_op};
     ort_status *status = ort_create_domain(api)("step35", &domain);
-    if (!status) status = ort_domain_add(api)(domain, &int4_linear_op);
-    if (!status) status = ort_domain_add(api)(domain, &int4_experts_op);
+    for (size_t i = 0; i < sizeof ops / sizeof *ops && !status; i++) status = ort_domain_add(api)(domain, ops[i]);
     if (status) return status;
     ort_domain *first = NULL;
     if (!atomic_compare_exchange_strong(&shared, &first, domain)) {

@@ -4,9 +4,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-ort_status *choose_routines(const ort_api *api, const struct int4_routines **out) {
-  *out = int4_choose();
-  return *out ? NULL : failure(api, ORT_FAIL, "STEP35_CPU_ISA names routines that this processor lacks");
+extern const struct int4_routines int4_portable, int4_avx2, int4_avx512, int4_neon;
+
+const struct int4_routines *const int4_routines[ISA_COUNT] = {
+    [ISA_PORTABLE] = &int4_portable,
+#if defined(__x86_64__)
+    [ISA_AVX2] = &int4_avx2,
+    [ISA_AVX512] = &int4_avx512,
+#elif defined(__aarch64__)
+    [ISA_NEON] = &int4_neon,
+#endif
+};
+
+ort_status *choose_isa(const ort_api *api, enum isa *out) {
+  *out = isa_choose();
+  if (*out != ISA_NONE) return NULL;
+  return failure(api, ORT_FAIL, "STEP35_CPU_ISA names instructions that this processor lacks");
 }
 
 ort_status *block_attribute(const ort_api *api, const ort_kernel_info *info, int64_t *out) {
@@ -59,6 +72,7 @@ void *rows_room(size_t count, size_t columns, size_t block, struct int8_rows *ou
 size_t one_output(const ort_op *op) { return (void)op, 1; }
 int float_output(const ort_op *op, size_t index) { return (void)op, (void)index, ORT_FLOAT; }
 int zero_of(const ort_op *op, size_t index) { return (void)op, (void)index, 0; }
+int none_of(const ort_op *op) { return (void)op, 0; }
 int one_of(const ort_op *op) { return (void)op, 1; }
 const char *any_provider(const ort_op *op) { return (void)op, (const char *)NULL; }
 int newest(const ort_op *op) { return (void)op, INT_MAX; }

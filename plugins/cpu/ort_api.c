@@ -28,11 +28,11 @@ ort_status *tensor_input(const ort_api *api, ort_kernel_context *context, size_t
   return status;
 }
 
-ort_status *tensor_output(const ort_api *api, ort_kernel_context *context, const int64_t *dims, size_t rank,
-                          float **out) {
+ort_status *tensor_output(const ort_api *api, ort_kernel_context *context, size_t index, const int64_t *dims,
+                          size_t rank, float **out) {
   ort_value *value = NULL;
   void *data = NULL;
-  ort_status *status = ort_output(api)(context, 0, dims, rank, &value);
+  ort_status *status = ort_output(api)(context, index, dims, rank, &value);
   if (!status) status = ort_tensor_data(api)(value, &data);
   *out = data;
   return status;

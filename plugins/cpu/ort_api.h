@@ -10,8 +10,9 @@
 
 enum { ORT_VERSION = 17 }; // the oldest runtime whose table has all that is used here
 
+enum { ORT_REQUIRED = 0, ORT_VARIADIC = 2 };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_FLOAT16 = 10 };
+enum { ORT_ANY_TYPE = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT64 = 7, ORT_FLOAT16 = 10 };
 
 typedef struct ort_status ort_status;
 typedef struct ort_value ort_value;
@@ -76,6 +77,7 @@ ORT_ENTRY(62, dimensions, ort_status *, const ort_shape *, int64_t *out, size_t 
 ORT_ENTRY(65, shape_of, ort_status *, const ort_value *, ort_shape **out)
 ORT_ENTRY(85, attribute_float, ort_status *, const ort_kernel_info *, const char *name, float *out)
 ORT_ENTRY(86, attribute_int, ort_status *, const ort_kernel_info *, const char *name, int64_t *out)
+ORT_ENTRY(88, input_count, ort_status *, const ort_kernel_context *, size_t *out)
 ORT_ENTRY(90, input, ort_status *, const ort_kernel_context *, size_t, const ort_value **out)
 ORT_ENTRY(91, output, ort_status *, ort_kernel_context *, size_t, const int64_t *, size_t, ort_value **out)
 ORT_ENTRY(99, release_shape, void, ort_shape *)
@@ -93,8 +95,8 @@ struct tensor {
 };
 
 ort_status *tensor_input(const ort_api *api, ort_kernel_context *context, size_t index, struct tensor *out);
-ort_status *tensor_output(const ort_api *api, ort_kernel_context *context, const int64_t *dims, size_t rank,
-                          float **out);
+ort_status *tensor_output(const ort_api *api, ort_kernel_context *context, size_t index, const int64_t *dims,
+                          size_t rank, float **out);
 ort_status *failure(const ort_api *api, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 #endif

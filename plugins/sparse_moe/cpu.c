@@ -72,7 +72,8 @@ static void gate_and_up(void *argument, size_t begin, size_t end) {
       size_t rows = used->count - done < SOME_ROWS ? used->count - done : SOME_ROWS;
       c->routines->multiply(&w, 2 * first / TILE, 2 * (first + width) / TILE, &x, done, rows, both, 2 * FEATURES);
       for (size_t i = 0; i < rows; i++) {
-        c->routines->swiglu(both + i * 2 * FEATURES, width / TILE, c->limit, h);
+        const float *pairs = both + i * 2 * FEATURES;
+        c->routines->swiglu(pairs, pairs + TILE, 2 * TILE, width / TILE, c->limit, h);
         c->routines->quantise(h, first, width, &hidden, done + i);
       }
     }
@@ -106,7 +107,9 @@ static void down_and_mix(void *argument, size_t begin, size_t end) {
 static ort_status *create(const ort_op *op, const ort_api *api, const ort_kernel_info *info, void **kernel) {
   (void)op;
   struct experts made = {.api = api};
-  ort_status *status = choose_routines(api, &made.routines);
+  enum isa isa;
+  ort_status *status = choose_isa(api, &isa);
+  if (!status) made.routines = int4_routines[isa];
   if (!status) status = block_attribute(api, info, &made.block);
   if (!status) status = ort_attribute_int(api)(info, "top_k", &made.top_k);
   if (!status) status = ort_attribute_float(api)(info, "scale", &made.scale);
@@ -134,7 +137,7 @@ static ort_status *compute(void *kernel, ort_kernel_context *context) {
   c.slices = (c.inner + FEATURES - 1) / FEATURES;
   ort_status *status = matrix_of(api, op, &in[3], &in[4], experts, 2 * inner, d, self->block, &c.gate_up);
   if (!status) status = matrix_of(api, op, &in[5], &in[6], experts, d, inner, self->block, &c.down);
-  if (!status) status = tensor_output(api, context, x, 2, &c.y);
+  if (!status) status = tensor_output(api, context, 0, x, 2, &c.y);
   if (status || !t || !d) return status;
 
   size_t pairs = (size_t)t * (size_t)self->top_k;
@@ -163,5 +166,5 @@ static int input_type(const ort_op *op, size_t index) {
   return (void)op, types[index];
 }
 
-const ort_op int4_experts_op = {OP_COMMON, .name = name, .input_count = inputs, .input_type = input_type,
-                                .create_checked = create, .compute_checked = compute};
+const ort_op int4_experts_op = {OP_PLAIN, .name = name, .input_count = inputs, .output_count = one_output,
+                                .input_type = input_type, .create_checked = create, .compute_checked = compute};

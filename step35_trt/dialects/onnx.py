@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import onnx_ir as ir
 
 from step35_trt import model
+from step35_trt.dialects.onnx_attention import Heads
 from step35_trt.dialects.onnx_graph import GraphWriter
-from step35_trt.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,11 @@ class Spelling(Protocol):
         """How its operators want 4-bit weights."""
         ...
 
+    @property
+    def passes(self) -> Sequence[ir.passes.InPlacePass]:
+        """What is done to a finished graph."""
+        ...
+
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """`x Wᵀ`: `[t, K]` to `[t, N]`."""
         ...
@@ -52,8 +57,16 @@ class Spelling(Protocol):
         """`x sigmoid(x)`."""
         ...
 
-    def attend(self, g: GraphWriter, q: ir.Value, k: ir.Value, v: ir.Value, layer: LayerSpec) -> ir.Value:
-        """Cache write and (windowed) causal attention of normed, rotated `[1, t, heads * d]`."""
+    def gated_attention(
+        self,
+        g: GraphWriter,
+        heads: Heads,
+        gate: ir.Value,
+        gammas: tuple[ir.Value, ir.Value],
+        eps: float,
+        layer: LayerSpec,
+    ) -> ir.Value:
+        """`Ops.gated_attention`; `gammas` are those of q and k."""
         ...
 
     def experts(
@@ -142,14 +155,8 @@ class OnnxOps:
         layer: LayerSpec,
     ) -> ir.Value:
         """See `Ops`."""
-        heads, d = layer.query_heads, layer.head_dim
-        q = self._turned(q, q_gamma, eps, heads, layer)
-        k = self._turned(k, k_gamma, eps, layer.kv_heads, layer)
-        v = self.g.op("Reshape", v, self.g.constant([1, -1, layer.kv_heads * d]))
-        out = self.spelling.attend(self.g, q, k, v, layer)
-        split = self.g.op("Reshape", out, self.g.constant([-1, heads, d]))
-        open_ = self.g.op("Unsqueeze", self.sigmoid(gate), self.g.constant([-1]))
-        return self.g.op("Reshape", self.g.op("Mul", split, open_), self.g.constant([-1, heads * d]))
+        gammas = self._stored(q_gamma), self._stored(k_gamma)
+        return self.spelling.gated_attention(self.g, Heads(q, k, v), gate, gammas, eps, layer)
 
     def sparse_moe(
         self,
@@ -167,26 +174,6 @@ class OnnxOps:
     def _stored(self, vector: VectorRef) -> ir.Value:
         return self.g.weight(self.g.store.vector(vector.name, vector.plus))
 
-    def _turned(self, x: ir.Value, gamma: VectorRef, eps: float, heads: int, layer: LayerSpec) -> ir.Value:
-        """Norm each head of `[t, heads * d]` and rotate it: `[1, t, heads * d]`."""
-        g, d = self.g, layer.head_dim
-        normed = self.rms_norm(g.op("Reshape", x, g.constant([-1, heads, d])), gamma, eps)
-        flat = g.op("Reshape", normed, g.constant([1, -1, heads * d]))
-        frequencies = inverse_frequencies(layer)
-
-        def turn() -> ir.Value:
-            positions = g.op("Cast", g.positions(), to=ir.DataType.FLOAT)
-            column = g.op("Unsqueeze", positions, g.constant([0, 2]))
-            return g.op("Mul", column, g.constant(frequencies))
-
-        key = frequencies.tobytes().hex()
-        angles = g.shared(f"angles.{key}", turn)
-        cos = g.shared(f"cos.{key}", lambda: g.op("Cos", angles))
-        sin = g.shared(f"sin.{key}", lambda: g.op("Sin", angles))
-        # The attribute means "all of the head" when it is 0.
-        partial = 0 if layer.rotary_dims == d else layer.rotary_dims
-        return g.op("RotaryEmbedding", flat, cos, sin, num_heads=heads, rotary_embedding_dim=partial)
-
 
 def decoder_graph(config: Step35Config, store: WeightStore, spelling: Spelling) -> GraphWriter:
     """The main stack.
@@ -194,7 +181,7 @@ def decoder_graph(config: Step35Config, store: WeightStore, spelling: Spelling) 
     Inputs `token_ids [t]`, `past_length [1]`, `rows [r]` int64 and a cache for each layer; outputs
     `logits [r, V]`, `hidden [t, D]` and the caches.
     """
-    g = GraphWriter(store)
+    g = GraphWriter(store, spelling.passes)
     ids, rows = _declare(g)
     logits, hidden = model.decoder(OnnxOps(g, spelling), config, ids, rows)
     return _finish(g, config, logits, hidden)
@@ -202,7 +189,7 @@ def decoder_graph(config: Step35Config, store: WeightStore, spelling: Spelling) 
 
 def mtp_graph(config: Step35Config, store: WeightStore, spelling: Spelling, module: int) -> GraphWriter:
     """An MTP module: as `decoder_graph`, with `carried [t, D]`, the hidden state it continues from."""
-    g = GraphWriter(store)
+    g = GraphWriter(store, spelling.passes)
     ids, rows = _declare(g)
     carried = g.input("carried", ir.DataType.FLOAT, ("t", config.hidden_size))
     logits, hidden = model.mtp_module(OnnxOps(g, spelling), config, module, ids, carried, rows)

@@ -1,7 +1,8 @@
-"""ONNX Runtime with our own CPU operators for 4-bit weights (`plugins/`), its own operators for the rest.
+"""ONNX Runtime with our own CPU operators (`plugins/`): gated attention, and products with 4-bit weights.
 
-Ours read the weights where the file is mapped, so nothing is packed again at load and memory holds one copy;
-the experts' clamp is Step's own.
+Those read the weights where the file is mapped, so nothing is packed again at load and memory holds one copy;
+the experts' clamp is Step's own. A decode step launches few operators: each costs as much as reading half a
+megabyte.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
+from step35_trt.dialects.onnx_fuse import PASSES
 from step35_trt.dialects.onnx_graph import OURS
 from step35_trt.dialects.onnx_ort import OrtSpelling
+from step35_trt.program import CacheSpec
+from step35_trt.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    from collections.abc import Sequence
 
     from step35_trt.config import LayerSpec
+    from step35_trt.dialects.onnx_attention import Heads
     from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_store import Layout, Matrix
+
+# What the attention operator takes (`plugins/gated_attention/attend.h`).
+LANES, MOST_DIM, MOST_PER_GROUP = 16, 256, 64
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,11 @@ class CpuSpelling:
     def layout(self) -> Layout:
         """See `Spelling`."""
         return "tiles"
+
+    @property
+    def passes(self) -> Sequence[ir.passes.InPlacePass]:
+        """See `Spelling`."""
+        return PASSES
 
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
@@ -47,9 +62,36 @@ class CpuSpelling:
         """See `Spelling`."""
         return self.runtime.silu(g, x)
 
-    def attend(self, g: GraphWriter, q: ir.Value, k: ir.Value, v: ir.Value, layer: LayerSpec) -> ir.Value:
+    def gated_attention(
+        self,
+        g: GraphWriter,
+        heads: Heads,
+        gate: ir.Value,
+        gammas: tuple[ir.Value, ir.Value],
+        eps: float,
+        layer: LayerSpec,
+    ) -> ir.Value:
         """See `Spelling`."""
-        return self.runtime.attend(g, q, k, v, layer)
+        d = layer.head_dim
+        if d % LANES or d > MOST_DIM or layer.query_heads // layer.kv_heads > MOST_PER_GROUP:
+            return self.runtime.gated_attention(g, heads, gate, gammas, eps, layer)
+        spec = CacheSpec(
+            layer=layer.index,
+            kind="ring" if layer.window else "linear",
+            kv_heads=layer.kv_heads,
+            head_dim=d,
+            window=layer.window,
+        )
+        frequencies = g.constant(inverse_frequencies(layer))
+        inputs = [*heads, gate, *gammas, frequencies, *g.cache(spec), g.inputs["past_length"]]
+        attributes: dict[str, int | float | str] = {"window": layer.window, "eps": eps}
+        out, keys, values = g.tape.op_multi_out(
+            "GatedAttention", inputs, attributes, num_outputs=3, domain=OURS
+        )
+        g.cached(spec, keys, values)
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        out.shape = ir.Shape((None, layer.query_heads * d))
+        return out
 
     def experts(
         self,

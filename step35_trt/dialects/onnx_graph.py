@@ -36,6 +36,7 @@ class GraphWriter:
     """A graph being written: nodes, initializers that point into the weight files, inputs, caches."""
 
     store: WeightStore
+    passes: Sequence[ir.passes.InPlacePass] = ()
     tape: tape.Tape = field(default_factory=tape.Tape)
     inputs: dict[str, ir.Value] = field(default_factory=dict)
     outputs: dict[str, ir.Value] = field(default_factory=dict)
@@ -159,6 +160,9 @@ class GraphWriter:
             opset_imports={"": OPSET} | dict.fromkeys(sorted(self.domains), 1),
             name=name,
         )
-        return ir.Model(
+        model = ir.Model(
             graph, ir_version=IR_VERSION, producer_name="step35-trt", producer_version=__version__
         )
+        for change in self.passes:
+            change(model)
+        return model

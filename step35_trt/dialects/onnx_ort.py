@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
+from step35_trt.dialects.onnx_attention import composed
 from step35_trt.dialects.onnx_graph import CONTRIB
 from step35_trt.program import CacheKind, CacheSpec
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    from collections.abc import Sequence
 
     from step35_trt.config import LayerSpec
+    from step35_trt.dialects.onnx_attention import Heads
     from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_store import Layout, Matrix
 
@@ -36,6 +39,11 @@ class OrtSpelling:
     def layout(self) -> Layout:
         """See `Spelling`."""
         return "blocks"
+
+    @property
+    def passes(self) -> Sequence[ir.passes.InPlacePass]:
+        """See `Spelling`."""
+        return ()
 
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
@@ -71,44 +79,17 @@ class OrtSpelling:
         """See `Spelling`."""
         return g.foreign(CONTRIB, "QuickGelu", [x], {"alpha": 1.0}, x.shape)
 
-    def attend(self, g: GraphWriter, q: ir.Value, k: ir.Value, v: ir.Value, layer: LayerSpec) -> ir.Value:
+    def gated_attention(
+        self,
+        g: GraphWriter,
+        heads: Heads,
+        gate: ir.Value,
+        gammas: tuple[ir.Value, ir.Value],
+        eps: float,
+        layer: LayerSpec,
+    ) -> ir.Value:
         """See `Spelling`."""
-        import onnx_ir as ir
-
-        kind: CacheKind = "compacting" if layer.window else "linear"
-        spec = CacheSpec(
-            layer=layer.index,
-            kind=kind,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            window=layer.window,
-        )
-        total = g.shared(
-            "total_int32",
-            lambda: g.op("Cast", g.op("Squeeze", g.total_length()), to=ir.DataType.INT32),
-        )
-        last = g.shared(
-            "last_int32",
-            lambda: g.op("Sub", g.op("Cast", g.total_length(), to=ir.DataType.INT32), _one(g)),
-        )
-        attributes: dict[str, int | float | str] = {
-            "num_heads": layer.query_heads,
-            "kv_num_heads": layer.kv_heads,
-            "local_window_size": layer.window or -1,
-            "sliding_window_cache": int(layer.window > 0),
-        }
-        past = g.cache(spec)
-        out, keys, values = g.tape.op_multi_out(
-            "GroupQueryAttention",
-            [q, k, v, *past, last, total],
-            attributes,
-            num_outputs=3,
-            domain=CONTRIB,
-        )
-        g.cached(spec, keys, values)
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-        out.shape = ir.Shape((1, None, layer.query_heads * layer.head_dim))
-        return out
+        return composed(_attend, g, heads, gate, gammas, eps, layer)
 
     def experts(
         self,
@@ -152,6 +133,43 @@ class OrtSpelling:
     @property
     def _accuracy(self) -> int:
         return 4 if self.int8_activations else 0
+
+
+def _attend(g: GraphWriter, heads: Heads, layer: LayerSpec) -> ir.Value:
+    kind: CacheKind = "compacting" if layer.window else "linear"
+    spec = CacheSpec(
+        layer=layer.index,
+        kind=kind,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        window=layer.window,
+    )
+    total = g.shared(
+        "total_int32",
+        lambda: g.op("Cast", g.op("Squeeze", g.total_length()), to=ir.DataType.INT32),
+    )
+    last = g.shared(
+        "last_int32",
+        lambda: g.op("Sub", g.op("Cast", g.total_length(), to=ir.DataType.INT32), _one(g)),
+    )
+    attributes: dict[str, int | float | str] = {
+        "num_heads": layer.query_heads,
+        "kv_num_heads": layer.kv_heads,
+        "local_window_size": layer.window or -1,
+        "sliding_window_cache": int(layer.window > 0),
+    }
+    past = g.cache(spec)
+    out, keys, values = g.tape.op_multi_out(
+        "GroupQueryAttention",
+        [*heads, *past, last, total],
+        attributes,
+        num_outputs=3,
+        domain=CONTRIB,
+    )
+    g.cached(spec, keys, values)
+    out.type = ir.TensorType(ir.DataType.FLOAT)
+    out.shape = ir.Shape((1, None, layer.query_heads * layer.head_dim))
+    return out
 
 
 def inverse_silu(value: float) -> float:

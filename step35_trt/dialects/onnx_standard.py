@@ -13,11 +13,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from step35_trt.dialects.onnx_attention import composed
 from step35_trt.errors import UnsupportedError
 from step35_trt.program import CacheSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from step35_trt.config import LayerSpec
+    from step35_trt.dialects.onnx_attention import Heads
     from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_file import Placed
     from step35_trt.weight_store import Layout, Matrix
@@ -32,6 +36,11 @@ class StandardSpelling:
         """See `Spelling`."""
         return "blocks"
 
+    @property
+    def passes(self) -> Sequence[ir.passes.InPlacePass]:
+        """See `Spelling`."""
+        return ()
+
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
         return g.op("Gemm", x, g.weight(_plain(weight)), transB=1)
@@ -44,32 +53,17 @@ class StandardSpelling:
         """See `Spelling`."""
         return g.op("Swish", x)
 
-    def attend(self, g: GraphWriter, q: ir.Value, k: ir.Value, v: ir.Value, layer: LayerSpec) -> ir.Value:
+    def gated_attention(
+        self,
+        g: GraphWriter,
+        heads: Heads,
+        gate: ir.Value,
+        gammas: tuple[ir.Value, ir.Value],
+        eps: float,
+        layer: LayerSpec,
+    ) -> ir.Value:
         """See `Spelling`."""
-        d, groups = layer.head_dim, layer.kv_heads
-        spec = CacheSpec(
-            layer=layer.index,
-            kind="ring" if layer.window else "linear",
-            kv_heads=groups,
-            head_dim=d,
-            window=layer.window,
-        )
-        past_key, past_value = g.cache(spec)
-        capacity = g.op("Shape", past_key, start=2, end=3)
-        at = g.op("Mod", g.inputs["past_length"], capacity)
-
-        def write(past: ir.Value, new: ir.Value) -> ir.Value:
-            split = g.op("Reshape", new, g.constant([1, -1, groups, d]))
-            heads = g.op("Transpose", split, perm=[0, 2, 1, 3])
-            return g.op("TensorScatter", past, heads, at, axis=-2, mode="circular")
-
-        keys, values = write(past_key, k), write(past_value, v)
-        g.cached(spec, keys, values)
-        heads = g.op("Reshape", q, g.constant([1, -1, layer.query_heads, d]))
-        heads = g.op("Transpose", heads, perm=[0, 2, 1, 3])
-        out = g.op("Attention", heads, keys, values, _seen(g, capacity, layer))
-        back = g.op("Transpose", out, perm=[0, 2, 1, 3])
-        return g.op("Reshape", back, g.constant([1, -1, layer.query_heads * d]))
+        return composed(_attend, g, heads, gate, gammas, eps, layer)
 
     def experts(
         self,
@@ -95,6 +89,33 @@ class StandardSpelling:
             [g.weight(g.store.matrix(name, fp32=True).values, "experts") for name in names], limit, experts
         )
         return g.op("Scan", x, chosen, mix, body=body, num_scan_inputs=3)
+
+
+def _attend(g: GraphWriter, heads: Heads, layer: LayerSpec) -> ir.Value:
+    d, groups = layer.head_dim, layer.kv_heads
+    spec = CacheSpec(
+        layer=layer.index,
+        kind="ring" if layer.window else "linear",
+        kv_heads=groups,
+        head_dim=d,
+        window=layer.window,
+    )
+    past_key, past_value = g.cache(spec)
+    capacity = g.op("Shape", past_key, start=2, end=3)
+    at = g.op("Mod", g.inputs["past_length"], capacity)
+
+    def write(past: ir.Value, new: ir.Value) -> ir.Value:
+        split = g.op("Reshape", new, g.constant([1, -1, groups, d]))
+        by_head = g.op("Transpose", split, perm=[0, 2, 1, 3])
+        return g.op("TensorScatter", past, by_head, at, axis=-2, mode="circular")
+
+    keys, values = write(past_key, heads.k), write(past_value, heads.v)
+    g.cached(spec, keys, values)
+    queries = g.op("Reshape", heads.q, g.constant([1, -1, layer.query_heads, d]))
+    queries = g.op("Transpose", queries, perm=[0, 2, 1, 3])
+    out = g.op("Attention", queries, keys, values, _seen(g, capacity, layer))
+    back = g.op("Transpose", out, perm=[0, 2, 1, 3])
+    return g.op("Reshape", back, g.constant([1, -1, layer.query_heads * d]))
 
 
 def _seen(g: GraphWriter, capacity: ir.Value, layer: LayerSpec) -> ir.Value:

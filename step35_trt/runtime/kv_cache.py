@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # Rows of a window cache beyond its window (a quarter of the window, if that is more): rows move once in so
 # many tokens, and a move costs a new binding.
 SPARE_ROWS = 64
+TILE_ROWS = 16  # our own attention keeps keys in tiles of so many rows: no capacity cuts one
 FIRST_ROWS = 256  # a linear cache starts with room for these and doubles
 # Rows a caller may take back from the latest call: three drafts, and a few to spare.
 MOST_REJECTED = 8
@@ -65,6 +66,10 @@ class LayerBuffers:
         self.keys[:, :, :rows], self.values[:, :, :rows] = old_keys, old_values
 
 
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
 class SequenceCache:
     """All layers' buffers of one graph.
 
@@ -86,9 +91,9 @@ class SequenceCache:
 
     def _first_capacity(self, spec: CacheSpec, chunk: int) -> int:
         if spec.kind == "linear":
-            return min(FIRST_ROWS, self.max_tokens)
+            return _whole_tiles(min(FIRST_ROWS, self.max_tokens))
         if spec.kind == "ring":
-            return spec.window + chunk + MOST_REJECTED
+            return _whole_tiles(spec.window + chunk + MOST_REJECTED)
         return spec.window + max(SPARE_ROWS, spec.window // 4)
 
     def pieces(self, tokens: int) -> list[int]:
@@ -115,7 +120,7 @@ class SequenceCache:
         for layer in self.layers:
             layer.before = None
             if layer.spec.kind == "linear" and total > layer.capacity:
-                layer.grow(min(self.max_tokens, max(total, 2 * layer.capacity)))
+                layer.grow(_whole_tiles(min(self.max_tokens, max(total, 2 * layer.capacity))))
             elif layer.spec.kind == "compacting" and moves:
                 # Rows will move: keep what was, for the case that the call is taken back in part.
                 layer.before = layer.keys, layer.values

@@ -1,4 +1,4 @@
-"""The onnx dialect in both spellings: valid graphs, the oracle's numbers, and sparse routing."""
+"""The onnx dialect in its spellings: valid graphs, the oracle's numbers, and sparse routing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LENGTH = 60  # more than seven windows of the small geometry
 
 @pytest.fixture(scope="module")
 def sessions(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
-    """Both spellings of each geometry, in fp32."""
+    """Every spelling of each geometry, in fp32."""
     root = tmp_path_factory.mktemp("sessions")
     made = {}
     for geometry in GEOMETRIES:
@@ -52,10 +52,20 @@ def sessions(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
         made[f"standard {geometry}"] = exported(
             checkpoints[geometry], root / f"standard-{geometry}", StandardSpelling(), "fp32"
         )
+        made[f"cpu {geometry}"] = engine(checkpoints[geometry], root / f"cpu-{geometry}", ours(root))
     return made
 
 
-NAMES = [f"{ops} {geometry}" for ops in ("ort", "standard") for geometry in GEOMETRIES]
+def ours(folder: Path) -> str:
+    """An engine with our own CPU operators where they take fp32."""
+    recipe, spec = folder / "exact.yaml", folder / "ours.yaml"
+    rule = "- {weights: '*', precision: fp32}"
+    recipe.write_text(f"name: exact\nsummary: s\nactivations: int8\nmax_mean_kl: 1.0e-6\nrules:\n{rule}\n")
+    spec.write_text(f"name: ours\nsummary: s\ntarget: cpu\nrecipe: {recipe}\n")
+    return str(spec)
+
+
+NAMES = [f"{ops} {geometry}" for ops in ("ort", "standard", "cpu") for geometry in GEOMETRIES]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +130,7 @@ def test_any_split_and_rollback(
     assert relative(np.concatenate(parts), want.mtp_logits[0, :rows]) < 1e-4
 
 
-@pytest.mark.parametrize("ops", ["ort", "standard"])
+@pytest.mark.parametrize("ops", ["ort", "standard", "cpu"])
 def test_token_by_token(
     sessions: dict[str, Session],
     wanted: dict[str, tuple[np.ndarray, Evaluation]],
@@ -148,12 +158,14 @@ def clamp_before_silu(patch: pytest.MonkeyPatch) -> None:
 def window_513(patch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    attend = OrtSpelling.attend
+    import step35_trt.dialects.onnx_ort as dialect
 
-    def wider(self: OrtSpelling, g, q, k, v, layer):  # type: ignore[no-untyped-def]
-        return attend(self, g, q, k, v, replace(layer, window=layer.window + 1 if layer.window else 0))
+    attend = dialect._attend
 
-    patch.setattr(OrtSpelling, "attend", wider)
+    def wider(g, heads, layer):  # type: ignore[no-untyped-def]
+        return attend(g, heads, replace(layer, window=layer.window + 1 if layer.window else 0))
+
+    patch.setattr(dialect, "_attend", wider)
 
 
 @pytest.mark.parametrize("mistake", [missing_plus_one, clamp_before_silu, window_513])
@@ -201,7 +213,8 @@ def test_graphs_are_valid_and_hold_no_weights(
         )
         model = onnx.load(graph, load_external_data=False)
         domains = {opset.domain: opset.version for opset in model.opset_import}
-        assert domains == ({"": 24} if name.startswith("standard") else {"": 24, "com.microsoft": 1})
+        foreign = {"standard": [], "ort": ["com.microsoft"], "cpu": ["com.microsoft", "step35"]}
+        assert domains == {"": 24} | dict.fromkeys(foreign[name.split(maxsplit=1)[0]], 1)
         for tensor in model.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 entry = {item.key: item.value for item in tensor.external_data}
@@ -216,7 +229,10 @@ def test_quantised_graphs_are_valid(checkpoints: dict[str, Path], tmp_path: Path
     """Ours for the engine; MatMulNBits and QMoE where only the runtime's own may be used."""
     if where == "bundle":
         engine(checkpoints["small-window"], tmp_path / "out", "cpu-int4")
-        domains, kinds = {"", "com.microsoft", "step35"}, {"Int4Linear", "Int4Experts"}
+        domains, kinds = (
+            {"", "com.microsoft", "step35"},
+            {"Int4Linear", "Int4GatedLinear", "Int4Experts", "GatedAttention"},
+        )
     else:
         exported(
             checkpoints["small-window"], tmp_path / "out", OrtSpelling(int8_activations=True), "cpu-int4"

@@ -27,14 +27,15 @@ def available_isas() -> list[str]:
     return isas
 
 
-def session(library: Path, isa: str, op: str, inputs: dict, fixed: dict, threads=2, **attributes):
+def session(library: Path, isa: str, op: str, inputs: dict, fixed: dict, threads=2, outputs=1, **attributes):
     """One operator: `inputs` names what is fed, `fixed` the initializers; order as given."""
     names = [*inputs, *fixed]
-    node = helper.make_node(op, names, ["y"], domain="step35", **attributes)
+    made = [f"y{i}" for i in range(outputs)]
+    node = helper.make_node(op, names, made, domain="step35", **attributes)
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in inputs]
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])
+    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in made]
     held = [onnx.numpy_helper.from_array(v, n) for n, v in fixed.items()]
-    graph = helper.make_graph([node], "g", values, [out], held)
+    graph = helper.make_graph([node], "g", values, outs, held)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("step35", 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

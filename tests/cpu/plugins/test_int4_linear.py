@@ -89,6 +89,47 @@ def test_extreme_codes_do_not_overflow(library, isa):
                 np.testing.assert_array_equal(out, np.full((t, 16), 127.0 * sign * 128 * (code - 8)))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_of_one_input_are_what_each_is_alone(library, isa):
+    rng = np.random.default_rng(4)
+    weights = [definition.Weight.of(rng.standard_normal((n, 1152)), 64) for n in (192, 16, 48, 37)]
+    fixed = {f"{k}{i}": v for i, w in enumerate(weights) for k, v in (("w", w.tiles), ("s", w.scales))}
+    joined = definition.session(
+        library, isa, "Int4Linear", {"x": None}, fixed, outputs=len(weights), N=37, block=64
+    )
+    for t in (0, 1, 3, 70):
+        x = rng.standard_normal((t, 1152)).astype(np.float32)
+        for y, weight in zip(joined.run(None, {"x": x}), weights, strict=True):
+            alone = operator(library, isa, weight, len(weight.values), 64)
+            np.testing.assert_array_equal(y, alone(x))
+
+
+@relaxed
+@given(data=st.data(), seed=st.integers(0, 1 << 30))
+def test_gated_products_match_the_definition(library, data, seed):
+    """Specification 2.7 on the way in: the clamp after SiLU, on both sides of up."""
+    rng = np.random.default_rng(seed)
+    block = data.draw(st.sampled_from([16, 64, 128]))
+    t, n = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 60))
+    k = block * data.draw(st.one_of(st.integers(1, 9), st.just(2176 // block)))
+    limit = data.draw(st.sampled_from([0.0, 0.5, 7.0]))
+    gate, up = (rng.standard_normal((t, k)).astype(np.float32) * 5 for _ in range(2))
+    weight = definition.Weight.of(rng.standard_normal((n, k)), block)
+    fed, fixed = {"gate": None, "up": None}, {"w": weight.tiles, "s": weight.scales}
+    outs = [
+        definition.session(library, isa, "Int4GatedLinear", fed, fixed, N=n, block=block, limit=limit).run(
+            None, {"gate": gate, "up": up}
+        )[0]
+        for isa in ISAS
+    ]
+    high, g, u = limit or np.inf, gate.astype(float), up.astype(float)
+    h = np.minimum(g / (1 + np.exp(-g)), high) * np.clip(u, -high, high)
+    want, bound = definition.linear(h, weight.values, block, wobble=1e-6 * np.abs(h))
+    assert (np.abs(outs[0] - want) <= bound).all()
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
+
+
 def test_wrong_forms_are_refused(library):
     weight = definition.Weight.of(np.ones((32, 128)), 64)
     with pytest.raises(Exception, match="form of 48 rows"):

@@ -1,8 +1,7 @@
-// Which routines: the best the processor and the operating system have, unless a test asks for others.
+#include "isa.h"
+
 #include <stdlib.h>
 #include <string.h>
-
-#include "int4.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -37,23 +36,24 @@ static int has_dot(void) { return (getauxval(AT_HWCAP) & ASIMDDP) != 0; }
 
 static int always(void) { return 1; }
 
-const struct int4_routines *int4_choose(void) {
+enum isa isa_choose(void) {
   static const struct {
-    const struct int4_routines *routines;
+    enum isa isa;
+    const char *name;
     int (*here)(void);
   } known[] = {
 #if defined(__x86_64__)
-      {&int4_avx512, has_avx512},
-      {&int4_avx2, has_avx2},
+      {ISA_AVX512, "avx512", has_avx512},
+      {ISA_AVX2, "avx2", has_avx2},
 #elif defined(__aarch64__)
-      {&int4_neon, has_dot},
+      {ISA_NEON, "neon", has_dot},
 #endif
-      {&int4_portable, always},
+      {ISA_PORTABLE, "portable", always},
   };
   const char *asked = getenv("STEP35_CPU_ISA");
   for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-    if (asked && *asked && strcmp(asked, known[i].routines->name)) continue;
-    if (known[i].here()) return known[i].routines;
+    if (asked && *asked && strcmp(asked, known[i].name)) continue;
+    if (known[i].here()) return known[i].isa;
   }
-  return NULL;
+  return ISA_NONE;
 }
