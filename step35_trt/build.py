@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
 from step35_trt.dialects.onnx_cpu import CpuSpelling
 from step35_trt.dialects.onnx_graph import OURS, GraphWriter
 from step35_trt.dialects.onnx_ort import OrtSpelling
-from step35_trt.errors import CorruptInputError, Step35Error, UsageError
+from step35_trt.errors import CorruptInputError, Step35Error, UnsupportedError, UsageError
 from step35_trt.journal import staged
 from step35_trt.program import Program, Segment
 from step35_trt.quantize.recipe import Recipe
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from step35_trt.config import Step35Config
     from step35_trt.engine import EngineSpec
     from step35_trt.journal import Journal
+    from step35_trt.quantize.run import Job
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,14 +56,36 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     Raises:
         Step35Error: one of its kinds; what was finished stays for the next run.
     """
+    if spec.target != "cpu":
+        raise UnsupportedError(
+            f"engine {spec.name} is for {spec.target}, which this version plans but does not build",
+            f"step35-trt plan CHECKPOINT --engine {spec.name}",
+        )
     source = Checkpoint.open(checkpoint)
     recipe = Recipe.load(spec.recipe)
     check_modules_differ(source)
     plan = _Plan.make(source, recipe, spec)
-    if _is_there(out, plan):
+    if _is_there(out, plan.key):
         return False
     _write(out, plan.key, plan.steps, progress, plan.write_manifest)
     return True
+
+
+def build_quantized(job: Job, out: Path, spec: EngineSpec, progress: Progress | None = None) -> bool:
+    """Quantise a checkpoint and build a bundle of the result, which lies beside the bundle until then.
+
+    Either half goes on where it stopped. Returns and raises as `build` does.
+    """
+    recipe, between = Recipe.load(spec.recipe), out.with_name(out.name + ".quantized")
+    key = _key([job.key], recipe, spec.model_dump_json())
+    there = _is_there(out, key)
+    if not there:
+        check_modules_differ(job.source)
+        job.run(between, progress)
+        plan = _Plan.make(Checkpoint.open(between), recipe, spec, job)
+        _write(out, key, plan.steps, progress, plan.write_manifest)
+    shutil.rmtree(between, ignore_errors=True)
+    return not there
 
 
 def export_onnx(
@@ -77,7 +101,9 @@ def export_onnx(
     steps = _model_steps(source.config, store, _graphs(source.config, store, spelling), None)
     if out.exists():
         raise UsageError(f"{out} exists already", "Name another directory with -o.")
-    _write(out, _key(source, recipe, repr(spelling)), steps, progress, lambda _stage, _journal: None)
+    _write(
+        out, _key(source.identity(), recipe, repr(spelling)), steps, progress, lambda _stage, _journal: None
+    )
     return [step.file for step in steps]
 
 
@@ -147,9 +173,10 @@ class _Plan:
     steps: tuple[_Step, ...]
     notes: tuple[str, ...]
     key: str
+    quantized: Recipe | None
 
     @classmethod
-    def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> _Plan:
+    def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec, job: Job | None = None) -> _Plan:
         spelling = CpuSpelling() if recipe.activations == "int8" else OrtSpelling(int8_activations=False)
         store = WeightStore(source, recipe, spelling.layout)
         graphs = _graphs(source.config, store, spelling)
@@ -162,7 +189,8 @@ class _Plan:
             if (source.directory / name).is_file():
                 steps.append(_bytes_step(f"{TOKENIZER}/{name}", (source.directory / name).read_bytes()))
         notes = _notes(source.config, graphs, store)
-        return cls(source, recipe, spec, tuple(steps), notes, _key(source, recipe, spec.model_dump_json()))
+        key = _key([job.key] if job else source.identity(), recipe, spec.model_dump_json())
+        return cls(source, recipe, spec, tuple(steps), notes, key, job.recipe if job else None)
 
     def write_manifest(self, stage: Path, journal: Journal) -> None:
         config = self.source.config
@@ -173,6 +201,7 @@ class _Plan:
             versions=bundle.versions(),
             engine=self.spec,
             recipe=self.recipe,
+            quantized=self.quantized,
             max_tokens=min(self.spec.max_tokens or limit, limit),
             notes=self.notes,
             files={step.file: journal.records[step.file] for step in self.steps},
@@ -263,28 +292,19 @@ def _bytes_step(name: str, content: bytes) -> _Step:
     return _Step(name, len(content), write)
 
 
-def _key(source: Checkpoint, recipe: Recipe, target: str) -> str:
+def _key(source: list[object], recipe: Recipe, target: str) -> str:
     """What the result depends on, without reading the weights: an interrupted build resumes only its own."""
-    tensors = {n: [t.file.name, t.offset, t.dtype, t.shape] for n, t in sorted(source.tensors.items())}
-    files = sorted({t.file for t in source.tensors.values()})
-    parts = [
-        bundle.versions(),
-        recipe.model_dump(mode="json"),
-        target,
-        (source.directory / "config.json").read_text(encoding="utf-8"),
-        tensors,
-        [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-    ]
+    parts = [bundle.versions(), recipe.model_dump(mode="json"), target, source]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _is_there(out: Path, plan: _Plan) -> bool:
+def _is_there(out: Path, key: str) -> bool:
     if not out.exists():
         return False
     if out.is_dir() and not any(out.iterdir()):
         return False
     try:
-        if bundle.Bundle.open(out).manifest.key == plan.key:
+        if bundle.Bundle.open(out).manifest.key == key:
             return True
     except Step35Error:
         pass

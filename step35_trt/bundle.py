@@ -36,7 +36,8 @@ class FileRecord(BaseModel):
 class Manifest(BaseModel):
     """`manifest.json`.
 
-    `versions` are those the bundle depends on; `notes` say where it computes something other than the
+    `versions` are those the bundle depends on; `quantized` is the recipe that the checkpoint went through on
+    its way to the engine's own `recipe`; `notes` say where it computes something other than the
     checkpoint's arithmetic. `model` is the checkpoint's `config.json` as it was.
     """
 
@@ -46,6 +47,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     engine: EngineSpec
     recipe: Recipe
+    quantized: Recipe | None = None
     max_tokens: int
     notes: tuple[str, ...]
     files: dict[str, FileRecord]

@@ -8,24 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from step35_trt.config import LayerSpec, Step35Config
+from step35_trt.config import Fp8Blocks, LayerSpec, Step35Config
 from step35_trt.errors import CorruptInputError, UnsupportedError
+from step35_trt.quantize import formats
+from step35_trt.quantize.formats import DTYPES, Coding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
@@ -100,12 +95,14 @@ class Checkpoint:
     Attributes:
         directory: Where `config.json` lies.
         config: The model.
-        tensors: Every stored tensor by its published name, FP8 scales (`*.weight_scale_inv`) included.
+        tensors: Every stored tensor by its published name, scales included (see `quantize.formats`).
+        codings: How each parameter of the model is stored.
     """
 
     directory: Path
     config: Step35Config
     tensors: dict[str, StoredTensor]
+    codings: dict[str, Coding]
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -119,33 +116,65 @@ class Checkpoint:
         tensors: dict[str, StoredTensor] = {}
         for file in _shards(directory):
             tensors.update(_header(file))
-        _check(config, tensors)
-        return cls(directory, config, tensors)
+        return cls(directory, config, tensors, _codings(config, tensors))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(t.nbytes for t in self.tensors.values())
 
+    def identity(self) -> list[object]:
+        """What tells this checkpoint from another without reading its weights; goes into JSON."""
+        files = sorted({tensor.file for tensor in self.tensors.values()})
+        return [
+            (self.directory / "config.json").read_text(encoding="utf-8"),
+            {n: [t.file.name, t.offset, t.dtype, t.shape] for n, t in sorted(self.tensors.items())},
+            [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        ]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape in the model, however it is stored."""
+        stored = self.tensors[name].shape
+        if self.codings[name].kind != "int4":
+            return stored
+        # Two rows a byte: how many rows there are, the scales know.
+        return (*self.tensors[f"{name}_scale"].shape[:-1], stored[-1])
+
     def stored(self, name: str) -> NDArray[np.generic]:
         """A tensor as stored: a read-only view of the file, unmapped when the array dies."""
         tensor = self.tensors[name]
         return np.memmap(tensor.file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
 
-    def read(self, name: str, rows: slice | int | None = None) -> NDArray[np.float32]:
-        """A tensor, or a slice along its first axis, as fp32 in memory.
+    def codes(
+        self, name: str, rows: slice, bits: int, block: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.floating]] | None:
+        """A slice's own codes in the form of `quantize.blocks.quantize_blocks`.
 
-        FP8 experts are multiplied by the scales of their blocks (specification 4.2); for stacked experts
-        `rows` selects experts.
+        None where they are of another width, or have scales that blocks of `block` would not share.
         """
-        values = self.stored(name)[... if rows is None else rows].astype(np.float32)
-        scale_name = f"{name}_scale_inv"
-        if scale_name in self.tensors and self.config.quantization_config is not None:
-            scales = self.read(scale_name, rows)
-            n, k = self.config.quantization_config.weight_block_size
-            full = scales.repeat(n, axis=-2)[..., : values.shape[-2], :].repeat(k, axis=-1)
-            values *= full[..., : values.shape[-1]]
-        return values
+        coding = self.codings[name]
+        if coding.kind != f"int{bits}" or coding.block % block:
+            return None
+        shape = self.shape(name)
+        part = slice(*rows.indices(shape[0]))
+        return formats.engine_codes(coding, name, shape, self.stored, part, block)
+
+    def read(self, name: str, rows: slice | int | None = None) -> NDArray[np.float32]:
+        """A parameter, or a slice along its first axis, as fp32 in memory.
+
+        Codes are multiplied by their scales; for stacked experts `rows` selects experts.
+        """
+        coding = self.codings[name]
+        if coding.kind in ("fp32", "bf16"):
+            values = self.stored(name)[... if rows is None else rows]
+            plain: NDArray[np.float32] = values.astype(np.float32)
+            return plain
+        shape = self.shape(name)
+        if isinstance(rows, int):
+            one: NDArray[np.float32] = self.read(name, slice(rows, rows + 1))[0]
+            return one
+        part = slice(*(slice(None) if rows is None else rows).indices(shape[0]))
+        return formats.decode(coding, name, shape, self.stored, part)
 
 
 def _shards(directory: Path) -> Iterator[Path]:
@@ -193,7 +222,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _check(config: Step35Config, tensors: dict[str, StoredTensor]) -> None:
+def _codings(config: Step35Config, tensors: dict[str, StoredTensor]) -> dict[str, Coding]:
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -201,20 +230,7 @@ def _check(config: Step35Config, tensors: dict[str, StoredTensor]) -> None:
         mtp = missing[0].startswith(tuple(f"{layer.prefix}." for layer in config.mtp_layers))
         hint = "The MTP modules are part of the model; take a checkpoint that still has them." if mtp else ""
         raise CorruptInputError(f"the checkpoint lacks {missing[0]}{more}", hint)
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise CorruptInputError(f"{name} has shape {list(tensor.shape)}, the config says {list(shape)}")
-        if tensor.dtype == "F8_E4M3":
-            _check_scales(config, tensors, name)
-
-
-def _check_scales(config: Step35Config, tensors: dict[str, StoredTensor], name: str) -> None:
-    if config.quantization_config is None:
-        raise CorruptInputError(f"{name} is FP8 but config.json has no quantization_config")
-    *leading, rows, columns = tensors[name].shape
-    n, k = config.quantization_config.weight_block_size
-    want = (*leading, math.ceil(rows / n), math.ceil(columns / k))
-    scale = tensors.get(f"{name}_scale_inv")
-    if scale is None or scale.dtype != "F32" or scale.shape != want:
-        raise CorruptInputError(f"{name} is FP8 and needs {name}_scale_inv, fp32 {list(want)}")
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    declared = config.quantization_config
+    block = declared.block if isinstance(declared, Fp8Blocks) else None
+    return {name: formats.detect(name, shape, stored, block) for name, shape in expected.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,9 +11,19 @@ from typing import TYPE_CHECKING, Literal
 import rich_click as click
 
 from step35_trt import __version__, console
-from step35_trt.errors import CorruptInputError, Step35Error, UsageError, VerificationError
+from step35_trt.errors import (
+    CorruptInputError,
+    DoesNotFitError,
+    Step35Error,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from step35_trt.quantize.run import CalibrationOptions
     from step35_trt.runtime.batch import BatchSummary
     from step35_trt.runtime.generate import GenerationStats
 
@@ -32,7 +44,8 @@ def main() -> None:
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         console.fail(
-            "interrupted", "build-engine and batch go on where they stopped when they are run again."
+            "interrupted",
+            "build-engine, quantize and batch go on where they stopped when they are run again.",
         )
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
@@ -40,6 +53,42 @@ def main() -> None:
     except OSError as error:
         console.fail(f"{error.filename or 'output'}: {error.strerror or error}")
         sys.exit(UsageError.exit_code)
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes such as 500M or 12GiB; K, M, G and T are powers of 1000, with an i of 1024."""
+
+    name = "bytes"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See `click.ParamType`."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        if not found or float(found[1]) <= 0:
+            self.fail(f"{value!r} is not a number of bytes such as 500M or 12GiB", param, ctx)
+        exponent = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** exponent)
+
+
+def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a calibrated recipe, as one `CalibrationOptions`."""
+
+    @click.option("--calibration", type=click.Path(path_type=Path), help="Text or JSONL; absent: its own.")
+    @click.option("--min-expert-tokens", type=click.IntRange(min=0), help="Fewer: weight-only scales.")
+    @click.option("--max-host-memory", type=Bytes(), help="For the calibration, such as 12GiB.")
+    @functools.wraps(command)
+    def wrapped(
+        *arguments: object,
+        calibration: Path | None,
+        min_expert_tokens: int | None,
+        max_host_memory: int | None,
+        **others: object,
+    ) -> None:
+        from step35_trt.quantize.run import CalibrationOptions
+
+        options = CalibrationOptions(calibration, min_expert_tokens, max_host_memory)
+        command(*arguments, calibration=options, **others)
+
+    return wrapped
 
 
 @click.group(context_settings=CONTEXT)
@@ -52,17 +101,67 @@ def cli() -> None:
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, type=BUNDLE, help="Directory of the bundle.")
 @click.option("--engine", required=True, help="A shipped engine, or a YAML file.")
-def build_engine(checkpoint: str, output: Path, engine: str) -> None:
+@click.option(
+    "--recipe", help="Quantise the checkpoint by a recipe on the way: a shipped one, or a YAML file."
+)
+@calibration_options
+def build_engine(
+    checkpoint: str, output: Path, engine: str, recipe: str | None, calibration: CalibrationOptions
+) -> None:
     """Build a bundle from CHECKPOINT: a directory, a hub id, or 'nano'. Resumes by itself."""
-    from step35_trt.build import build
+    from step35_trt.build import build, build_quantized
     from step35_trt.engine import EngineSpec
+    from step35_trt.quantize.recipe import Recipe
+    from step35_trt.quantize.run import Job
     from step35_trt.runtime.load import resolve_checkpoint
 
     spec = EngineSpec.load(engine)
     source = resolve_checkpoint(checkpoint)
+    if recipe is None and calibration.given:
+        raise UsageError("calibration options need --recipe")
     with console.file_progress("building") as progress:
-        made = build(source, output, spec, progress)
+        if recipe is None:
+            made = build(source, output, spec, progress)
+        else:
+            job = Job.of(source, Recipe.load(recipe), calibration)
+            made = build_quantized(job, output, spec, progress)
     console.say(f"{output} is {'ready' if made else 'there already, built from the same inputs'}")
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, type=BUNDLE, help="Directory of the new checkpoint.")
+@click.option("--recipe", required=True, help="A shipped recipe, or a YAML file.")
+@calibration_options
+@click.option("--evaluate", metavar="own|none|FILE", help="Held-out text; absent: own where calibrated.")
+@click.option("--json", "as_json", is_flag=True)
+def quantize(
+    checkpoint: str,
+    output: Path,
+    recipe: str,
+    calibration: CalibrationOptions,
+    evaluate: str | None,
+    as_json: bool,
+) -> None:
+    """Write CHECKPOINT in a recipe's precisions as an ordinary checkpoint, with a report. Resumes."""
+    from step35_trt.quantize.recipe import Recipe
+    from step35_trt.quantize.report import terminal
+    from step35_trt.quantize.report.held_out import held_out
+    from step35_trt.quantize.report.write import HTML, write_report
+    from step35_trt.quantize.run import Job
+    from step35_trt.runtime.load import resolve_checkpoint
+
+    job = Job.of(resolve_checkpoint(checkpoint), Recipe.load(recipe), calibration)
+    held = held_out(job, evaluate)
+    with console.file_progress("quantising") as progress:
+        made = job.run(output, progress)
+        report = write_report(job, output, held, progress)
+    if as_json:
+        console.print_json(report.model_dump(mode="json"))
+    else:
+        terminal.show(report)
+    console.say(f"{output} is {'ready' if made else 'there already, made from the same inputs'}")
+    console.say(f"{output / HTML} has this with drawings")
 
 
 @cli.command("export-onnx")
@@ -290,6 +389,121 @@ def inspect(bundle: Path, check: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--target", required=True, help="A GPU's compute capability, such as sm_90 or sm_121.")
+@click.option("--checkpoint", help="Whose geometry; absent: the published model's.")
+@click.option("-o", "--output", type=BUNDLE, help="Directory for PTX, machine code and launch metadata.")
+@click.option("--json", "as_json", is_flag=True)
+def kernels(target: str, checkpoint: str | None, output: Path | None, as_json: bool) -> None:
+    """Compile the GPU kernels for a target, without needing one, and check what they take on the chip."""
+    from dataclasses import asdict
+
+    from step35_trt.config import Step35Config
+    from step35_trt.kernels.catalogue import deployment
+    from step35_trt.kernels.compile import compile_kernels
+    from step35_trt.kernels.report import report
+    from step35_trt.kernels.targets import gpu_target
+    from step35_trt.resources import PUBLISHED
+    from step35_trt.runtime.load import resolve_checkpoint
+
+    gpu = gpu_target(target)
+    config = Step35Config.load(resolve_checkpoint(checkpoint) if checkpoint else PUBLISHED)
+    with console.item_progress("compiling") as progress:
+        compiled = compile_kernels(deployment(config, gpu), gpu, progress=progress)
+    reports = [report(kernel) for kernel in compiled]
+    if output is not None:
+        for kernel in compiled:
+            kernel.save(output / kernel.variant.plugin, kernel.variant.name)
+    if as_json:
+        console.print_json([asdict(item) for item in reports])
+    else:
+        rows = [
+            (
+                item.kernel,
+                item.num_warps,
+                item.registers,
+                item.spill_bytes,
+                item.shared_bytes,
+                ", ".join(f"{count} {kind}" for kind, count in item.instructions.items()),
+                "; ".join(item.failures) or "passed",
+            )
+            for item in reports
+        ]
+        columns = ("kernel", "warps", "registers", "spilled B", "shared B", "instructions", "check")
+        console.print_table(f"{gpu.name}, {gpu.summary}: {gpu.shared_bytes} B shared a block", columns, rows)
+    failed = [item for item in reports if item.failures]
+    if failed:
+        raise VerificationError(
+            f"{len(failed)} of {len(reports)} kernels fail their check: "
+            f"{failed[0].kernel} {failed[0].failures[0]}"
+        )
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--engine", required=True, help="A shipped engine, or a YAML file.")
+@click.option("--acceptance", help="How often each MTP module is right, such as 0.85,0.75,0.65.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write one self-contained page.")
+@click.option("--json", "as_json", is_flag=True)
+def plan(checkpoint: str, engine: str, acceptance: str | None, html: Path | None, as_json: bool) -> None:
+    """Say what an engine of CHECKPOINT would hold and how fast it could be; its config.json is enough."""
+    from step35_trt.config import Step35Config
+    from step35_trt.engine import EngineSpec
+    from step35_trt.journal import replacing
+    from step35_trt.plan import page, report, terminal
+    from step35_trt.plan.plan import ACCEPTANCE, make_plan
+    from step35_trt.runtime.load import resolve_checkpoint
+
+    rates = ACCEPTANCE if acceptance is None else _rates(acceptance)
+    path = Path(checkpoint)
+    source = path if path.is_file() else resolve_checkpoint(checkpoint, ("config.json",))
+    made = make_plan(Step35Config.load(source), EngineSpec.load(engine), rates)
+    if html is not None:
+        with replacing(html) as stream:
+            stream.write(page.render(made, checkpoint).encode())
+        console.say(f"{html} is written")
+    if as_json:
+        console.print_json(report.as_json(made))
+    else:
+        terminal.show(made)
+    if not made.fits:
+        instead = "; ".join(made.alternatives) or "no shipped engine holds these limits"
+        raise DoesNotFitError(f"{engine}: {report.verdict(made)}", f"What fits: {instead}.")
+
+
+@cli.command()
+@click.option("--plugin", help="Only this plugin's kernels.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where its tactics go.")
+def tune(plugin: str | None, output: Path | None) -> None:
+    """Measure tilings of the GPU kernels on the GPU that is here and write its tactics files."""
+    from step35_trt.kernels.catalogue import PLUGINS
+    from step35_trt.kernels.plugin import ROOT
+
+    if plugin is not None and plugin not in PLUGINS:
+        raise UsageError(f"there is no plugin {plugin}", f"Known: {', '.join(PLUGINS)}.")
+    if output is not None and plugin is None:
+        raise UsageError("--output takes the tactics of one plugin", "Name it with --plugin.")
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UnsupportedError("tuning needs PyTorch", "pip install 'step35-trt[cuda,kernels]'") from None
+
+    from step35_trt.dialects.torch_kernels import present_target
+    from step35_trt.journal import replacing
+    from step35_trt.kernels.gpu_bench import tuned
+    from step35_trt.kernels.tuning import text
+
+    device = torch.device("cuda")
+    target = present_target(device)
+    for name in [plugin] if plugin else PLUGINS:
+        with console.item_progress(f"tuning {name}") as progress:
+            found = tuned(name, target, device, progress)
+        path = output or ROOT / name / "tactics" / f"{target.name}.json"
+        with replacing(path) as stream:
+            stream.write(text(found).encode())
+        console.say(f"{path}: {found.measured}")
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True)
 def doctor(as_json: bool) -> None:
     """Say what this machine can build for and run."""
@@ -309,6 +523,16 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 <= rate <= 1 for rate in rates):
+        raise UsageError(f"--acceptance takes shares between 0 and 1 such as 0.85,0.75,0.65, not {text!r}")
+    return rates
 
 
 def _checked(ids: list[int], vocabulary: int) -> list[int]:

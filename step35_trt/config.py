@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -56,6 +56,26 @@ class Fp8Blocks(BaseModel):
     weight_block_size: tuple[int, int] = (128, 128)
     fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
     activation_scheme: Literal["dynamic"] = "dynamic"
+
+    @property
+    def block(self) -> int:
+        """Edge of a block."""
+        return self.weight_block_size[0]
+
+    @field_validator("weight_block_size")
+    @classmethod
+    def _square(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] != value[1] or value[0] <= 0:
+            raise ValueError(f"blocks of {value[0]} x {value[1]} are not square")
+        return value
+
+
+class ModelOptFormat(BaseModel):
+    """`quantization_config` as ModelOpt writes it. The tensors say how they lie (`quantize.formats`)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    quant_method: Literal["modelopt"]
+    quant_algo: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +143,9 @@ class Step35Config(BaseModel):
     swiglu_limits_shared: tuple[float, ...]
     bos_token_id: int = 0
     eos_token_id: tuple[int, ...] = ()
-    quantization_config: Fp8Blocks | None = None
+    quantization_config: Annotated[Fp8Blocks | ModelOptFormat, Field(discriminator="quant_method")] | None = (
+        None
+    )
 
     # Switches with one implemented value. Another value is another model: refused by name.
     use_qk_norm: Literal[True] = True
@@ -228,10 +250,15 @@ class Step35Config(BaseModel):
             shared_limit=self.swiglu_limits_shared[index],
         )
 
+    def same_model(self, other: Step35Config) -> bool:
+        """Whether both describe one model, however its weights are stored."""
+        plain = {"quantization_config": None}
+        return self.model_copy(update=plain) == other.model_copy(update=plain)
+
     @classmethod
     def load(cls, directory: Path) -> Step35Config:
-        """Read `config.json` in a checkpoint directory."""
-        path = directory / "config.json"
+        """Read `config.json` in a checkpoint directory, or the file itself."""
+        path = directory if directory.is_file() else directory / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -276,7 +303,9 @@ def _explain(error: ValidationError) -> UnsupportedError | CorruptInputError:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("literal_error", "extra_forbidden") or where.startswith("use_rope_layers"):
+    if first["type"] in ("literal_error", "extra_forbidden", "union_tag_invalid") or where.startswith(
+        "use_rope_layers"
+    ):
         return UnsupportedError(
             f"config.json sets {where} to {first['input']!r}, which is not supported ({message})"
         )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from step35_trt.build import Progress as BuildProgress
+    from step35_trt.kernels.compile import Progress as ItemProgress
 
 QUIET_SECONDS = 2.0  # between lines of progress where there is no terminal
 
@@ -102,6 +103,30 @@ def line_progress(title: str, requests: Path) -> Iterator[Callable[[int, int], N
 
         def update(done: int, errors: int) -> None:
             progress.update(task, completed=done, description=f"{title} ({errors} errors)")
+
+        yield update
+
+
+@contextmanager
+def item_progress(title: str) -> Iterator[ItemProgress]:
+    """Things made of a known number: a bar on a terminal, a line now and then elsewhere."""
+    if not err.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int, name: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > QUIET_SECONDS:
+                last = time.monotonic()
+                err.print(f"{title}: {done} of {total}, {name}", markup=False)
+
+        yield line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {_escaped(name)}")
 
         yield update
 

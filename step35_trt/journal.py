@@ -53,11 +53,11 @@ class Journal:
         """Whether an earlier run, or this one, has written the file."""
         return file in self.records
 
-    def finish(self, file: str) -> None:
-        """Record a written file: synced, with its digest."""
+    def finish(self, file: str, *, hashed: bool = True) -> None:
+        """Record a written file: synced, with its digest where a manifest will want it."""
         path = self.path.parent / file
         bundle.sync(path)
-        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path))
+        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path) if hashed else "")
         self.records[file] = record
         with self.path.open("a", encoding="utf-8") as stream:
             # The newline comes first: a line torn by a crash cannot swallow this one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ _PACKAGE = Path(__file__).parent
 # In a wheel the top-level folders lie inside the package; in a checkout, beside it.
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent
 NANO = _PACKAGE / "nano"
+PUBLISHED = _PACKAGE / "published"  # config.json of Step 3.5 Flash (specification 1.1), without its weights
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -43,3 +45,8 @@ def load_yaml(model: type[M], folder: str, name: str) -> M:
 def known(folder: str) -> list[str]:
     """Names of the shipped files of a folder."""
     return sorted(path.stem for path in (DATA / folder).glob("*.yaml"))
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept between runs: `step35-trt` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "step35-trt"

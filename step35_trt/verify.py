@@ -62,7 +62,7 @@ def compare(directory: Path, reference: Session, ids: Sequence[int] | None = Non
     """
     bundle = Bundle.open(directory)
     session = open_session(bundle)
-    if session.config != reference.config:
+    if not session.config.same_model(reference.config):
         raise UnsupportedError(f"{directory} was built from another model than the reference")
     if ids is None:
         text = load_text(directory, required=False)
@@ -76,5 +76,6 @@ def compare(directory: Path, reference: Session, ids: Sequence[int] | None = Non
         raise UsageError(f"token ids must lie in the vocabulary of {session.config.vocab_size}")
     tokens = np.array(ids[: session.max_tokens])
     found = differences(evaluate(reference, tokens), evaluate(session, tokens))
-    recipe = bundle.manifest.recipe
-    return Report(recipe.name, len(tokens), recipe.max_mean_kl, tuple(found))
+    recipes = [r for r in (bundle.manifest.quantized, bundle.manifest.recipe) if r]
+    limit = max(recipe.max_mean_kl for recipe in recipes)
+    return Report(", ".join(recipe.name for recipe in recipes), len(tokens), limit, tuple(found))

@@ -8,20 +8,19 @@ are known before any byte moves, and each weight is stored once however many gra
 from __future__ import annotations
 
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from step35_trt.errors import CorruptInputError
-from step35_trt.quantize import cpu_layout
-from step35_trt.quantize.blocks import block_size, quantize_blocks
+from step35_trt.errors import UnsupportedError
+from step35_trt.parallel import in_order
+from step35_trt.quantize import cpu_layout, native
+from step35_trt.quantize.blocks import block_size
 from step35_trt.weight_file import WeightFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -36,7 +35,10 @@ BITS = {"fp32": 32, "int8": 8, "int4": 4}
 # How 4-bit weights lie: block after block as ONNX Runtime's operators take them, or in the tiles of ours.
 Layout = Literal["blocks", "tiles"]
 
-R = TypeVar("R")
+S = TypeVar("S", bound=np.generic)
+
+# What `blocks.quantize_blocks` gives: codes and scales.
+Codes = tuple["NDArray[np.uint8]", "NDArray[np.floating]"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class WeightStore:
     def vector(self, name: str, plus: float) -> Placed:
         """A 1-D parameter in fp32 with `plus` added."""
         if (name, plus) not in self._vectors:
-            shape = self.checkpoint.tensors[name].shape
+            shape = self.checkpoint.shape(name)
             stored = f"{name}+{plus:g}" if plus else name
 
             def chunks() -> Iterator[NDArray[np.generic]]:
@@ -93,8 +95,13 @@ class WeightStore:
         block for both of their products, as their operators do.
         """
         rule = self.recipe.rule(name)
-        shape = self.checkpoint.tensors[name].shape
+        shape = self.checkpoint.shape(name)
         block = block_size(rule.block, *(shape[1:] if len(shape) == 3 else shape[-1:]))
+        if rule.precision not in BITS:
+            raise UnsupportedError(
+                f"recipe {self.recipe.name} stores {name} as {rule.precision}, which no CPU operator takes",
+                "Give it to `quantize` or `build-engine --recipe`; a CPU engine has fp32, int8 and int4.",
+            )
         if rule.precision == "fp32":
             return 32, 0
         if not block:
@@ -147,15 +154,13 @@ class WeightStore:
         pending: list[NDArray[np.floating]] = []
 
         def coded(part: slice) -> tuple[NDArray[np.uint8], NDArray[np.floating]]:
-            weight = source.read(part)
-            if not np.isfinite(weight).all():
-                raise CorruptInputError(f"{stored} holds a NaN or an infinity")
-            packed, factors = quantize_blocks(weight, bits, block)
-            return cpu_layout.tile(packed, factors) if tiles else (packed, factors)
+            own = source.codes(part, bits, block)
+            packed, factors = own or native.quantize_blocks(stored, source.read(part), bits, block)
+            return cpu_layout.tile(packed, factors) if tiles else (packed, factors.astype(np.float32))
 
         def codes() -> Iterator[NDArray[np.generic]]:
             pending.clear()
-            for packed, factors in _in_order(coded, source.parts):
+            for packed, factors in in_order(coded, source.parts, THREADS):
                 pending.append(factors)
                 yield packed
 
@@ -177,21 +182,6 @@ class WeightStore:
         return Matrix(bits, shape, values, placed, block)
 
 
-def _in_order(work: Callable[[slice], R], parts: list[slice]) -> Iterator[R]:
-    """`map` on a few threads (numpy releases the interpreter), holding no more results than threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        ahead = deque(pool.submit(work, part) for part in parts[:THREADS])
-        try:
-            for part in [*parts[THREADS:], *[None] * len(ahead)]:
-                done = ahead.popleft()
-                if part is not None:
-                    ahead.append(pool.submit(work, part))
-                yield done.result()
-        finally:
-            for unused in ahead:
-                unused.cancel()
-
-
 @dataclass(frozen=True)
 class _Rows:
     """A weight as it is, in slices of bounded size along its first axis."""
@@ -202,7 +192,7 @@ class _Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.checkpoint.tensors[self.name].shape
+        return self.checkpoint.shape(self.name)
 
     @property
     def parts(self) -> list[slice]:
@@ -215,6 +205,10 @@ class _Rows:
     def read(self, part: slice) -> NDArray[np.float32]:
         weight = self.checkpoint.read(self.name, part)
         return weight if self.factor == 1 else weight * np.float32(self.factor)
+
+    def codes(self, part: slice, bits: int, block: int) -> Codes | None:
+        own = self.checkpoint.codes(self.name, part, bits, block)
+        return own and _scaled(own, self.factor)
 
 
 @dataclass(frozen=True)
@@ -229,7 +223,7 @@ class _GateUp:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        experts, width, features = self.checkpoint.tensors[self.gate].shape
+        experts, width, features = self.checkpoint.shape(self.gate)
         return (experts, 2 * width, features)
 
     @property
@@ -240,9 +234,25 @@ class _GateUp:
         gate, up = self.checkpoint.read(self.gate, part), self.checkpoint.read(self.up, part)
         if self.factor != 1:
             up *= np.float32(self.factor)
+        return self._together(gate, up)
+
+    def codes(self, part: slice, bits: int, block: int) -> Codes | None:
+        gate = self.checkpoint.codes(self.gate, part, bits, block)
+        up = self.checkpoint.codes(self.up, part, bits, block)
+        if gate is None or up is None:
+            return None
+        up = _scaled(up, self.factor)
+        return self._together(gate[0], up[0]), self._together(gate[1].astype(up[1].dtype), up[1])
+
+    def _together(self, gate: NDArray[S], up: NDArray[S]) -> NDArray[S]:
         if self.tiles:
             return cpu_layout.interleave_gate_up(gate, up)
         return np.stack([gate, up], axis=2).reshape(1, -1, gate.shape[-1])
+
+
+def _scaled(codes: Codes, factor: float) -> Codes:
+    """Codes whose weights are multiplied by a factor."""
+    return codes if factor == 1 else (codes[0], codes[1].astype(np.float32) * np.float32(factor))
 
 
 _Source = _Rows | _GateUp

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.text import Text
 
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja")
 
-def resolve_checkpoint(name: str) -> Path:
-    """A checkpoint directory: a path, 'nano', or a repository of the Hugging Face hub (downloaded).
+
+def resolve_checkpoint(name: str, files: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
+    """A checkpoint directory: a path, 'nano', or a repository of the Hugging Face hub.
+
+    Of a repository what matches `files` is downloaded.
 
     Raises:
         UsageError: nothing of that name can be had.
@@ -32,7 +36,7 @@ def resolve_checkpoint(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

@@ -5,31 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from step35_trt import model
-from step35_trt.dialects.torch import CheckpointWeights, LayerCache, SequenceBatch, TorchOps, Weights
+from step35_trt.dialects.torch import CheckpointWeights, SequenceBatch, TorchOps
 from step35_trt.runtime.session import Step
 
 if TYPE_CHECKING:
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.config import Step35Config
+    from step35_trt.dialects.torch import Kernels, Rows, Weights
     from step35_trt.runtime.session import Floats, Ids
 
 
 @dataclass(frozen=True)
 class TorchSession:
-    """`Session` over any `Weights`."""
+    """`Session` over any `Weights`; with `kernels`, the plugins run as them (see `TorchOps`)."""
 
     config: Step35Config
     weights: Weights
     prefill_chunk: int = 512
+    kernels: Kernels | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchSession:
-        """The reference for a checkpoint."""
-        return cls(checkpoint.config, CheckpointWeights(checkpoint, dtype))
+    def of(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> TorchSession:
+        """The reference for a checkpoint; on a CUDA device with the GPU kernels.
+
+        Raises:
+            UnsupportedError: there are no kernels for the device.
+        """
+        weights = CheckpointWeights(checkpoint, dtype, device)
+        if device == "cpu":
+            return cls(checkpoint.config, weights)
+        from step35_trt.dialects.torch_kernels import TritonKernels, present_target
+
+        kernels = TritonKernels(weights, present_target(torch.device(device)))
+        return cls(checkpoint.config, weights, kernels=kernels)
 
     @property
     def max_tokens(self) -> int:
@@ -48,14 +61,14 @@ class TorchSequence:
     session: TorchSession
     length: int = 0
     _drafts: dict[int, int] = field(default_factory=dict)
-    _caches: dict[int, LayerCache] = field(default_factory=dict)
+    _caches: dict[int, Rows] = field(default_factory=dict)
 
     def decode(self, token_ids: Ids, rows: Ids) -> Step:
         """See `Sequence`."""
         ops = self._ops(len(token_ids), self.length)
         with torch.inference_mode():
             logits, hidden = model.decoder(
-                ops, self.session.config, torch.from_numpy(token_ids), torch.from_numpy(rows)
+                ops, self.session.config, self._tensor(token_ids), self._tensor(rows)
             )
         self.length += len(token_ids)
         return _step(logits, hidden)
@@ -75,11 +88,10 @@ class TorchSequence:
         config = self.session.config
         ops = self._ops(len(token_ids), self.draft_length(module))
         with torch.inference_mode():
-            carried = torch.from_numpy(hidden).to(
-                self.session.weights.tensor("model.embed_tokens.weight").dtype
-            )
+            embedding = self.session.weights.tensor("model.embed_tokens.weight")
+            carried = torch.from_numpy(hidden).to(embedding)
             logits, out = model.mtp_module(
-                ops, config, module, torch.from_numpy(token_ids), carried, torch.from_numpy(rows)
+                ops, config, module, self._tensor(token_ids), carried, self._tensor(rows)
             )
         self._drafts[module] = self.draft_length(module) + len(token_ids)
         return _step(logits, out)
@@ -90,8 +102,12 @@ class TorchSequence:
         self._drafts[module] = length
 
     def _ops(self, tokens: int, past: int) -> TorchOps:
-        return TorchOps(self.session.weights, SequenceBatch((tokens,), (past,), (self._caches,)))
+        batch = SequenceBatch((tokens,), (past,), (self._caches,))
+        return TorchOps(self.session.weights, batch, self.session.kernels)
+
+    def _tensor(self, numbers: Ids) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self.session.weights.tensor("model.embed_tokens.weight").device)
 
 
 def _step(logits: torch.Tensor, hidden: torch.Tensor) -> Step:
-    return Step(logits.float().numpy().astype(np.float32), hidden.float().numpy().astype(np.float32))
+    return Step(logits.float().cpu().numpy(), hidden.float().cpu().numpy())
