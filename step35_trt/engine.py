@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from step35_trt.hardware import Hardware
 from step35_trt.resources import load_yaml
+
+
+class Parallelism(BaseModel):
+    """How the devices of an engine share each part of the model.
+
+    `tensor` gives every device some heads, or some of a product's width; `expert` gives it whole experts;
+    `replicated` gives it everything. What a tensor split would cut through a scale block is replicated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    attention: Literal["tensor", "replicated"] = "tensor"
+    experts: Literal["expert", "tensor"] = "expert"
+    mlp: Literal["tensor", "replicated"] = "tensor"
+    head: Literal["tensor", "replicated"] = "tensor"
 
 
 class EngineSpec(BaseModel):
     """Target, recipe and limits.
 
-    `max_tokens` bounds prompt and answer together (absent: what the model was trained for);
-    `prefill_chunk` is the most tokens run in one call; `draft_tokens` the most MTP modules used.
+    `hardware` names a file of `engines/hardware/` and is kept whole, so that a bundle says what it was made
+    for; an engine runs on `devices` of it. `max_tokens` bounds prompt and answer of a sequence together
+    (absent: what the model was trained for), `max_sequences` those that run at once; `prefill_chunk` is the
+    most tokens run in one call; `draft_tokens` the most MTP modules used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     summary: str
-    target: Literal["cpu"]
+    target: Literal["cpu", "tensorrt-rtx", "tensorrt"]
+    hardware: Hardware | None = None
+    devices: int = Field(default=1, gt=0)
+    parallelism: Parallelism = Parallelism()
     recipe: str
     max_tokens: int | None = Field(default=None, gt=0)
+    max_sequences: int = Field(default=1, gt=0)
     prefill_chunk: int = Field(default=512, gt=0)
     draft_tokens: int = Field(default=3, ge=0)
+
+    @field_validator("hardware", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return Hardware.load(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _joined(self) -> EngineSpec:
+        if self.devices > 1 and (self.hardware is None or self.hardware.link is None):
+            raise ValueError("several devices need hardware with a link between them")
+        return self
 
     @classmethod
     def load(cls, name: str) -> EngineSpec:

@@ -1,0 +1,51 @@
+"""A machine's facts, one file each in `engines/hardware/`: what engine specs name and plans reckon with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
+
+from step35_trt.resources import load_yaml
+
+Arithmetic = Literal["fp32", "bf16", "fp8", "int8"]
+
+
+class Link(BaseModel):
+    """What joins the devices of one machine; bytes per second of one device in one direction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    bandwidth: PositiveFloat
+
+
+class Hardware(BaseModel):
+    """One device: a GPU, or a CPU with its memory.
+
+    Attributes:
+        name: As its maker calls it.
+        compute_capability: Of a GPU, as `9.0`.
+        memory: Bytes, as published.
+        unified: The operating system lives in the same memory.
+        bandwidth: Published bytes per second.
+        reachable_bandwidth: Bytes per second that kernels have been seen to reach, where that is known.
+        operations: Published dense operations per second, a multiply-add being two.
+        reserved: Bytes that a plan leaves alone, by what for. Assumptions, not facts.
+        link: Absent where devices of one machine are not joined.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d$")
+    memory: int = Field(gt=0)
+    unified: bool
+    bandwidth: PositiveFloat
+    reachable_bandwidth: PositiveFloat | None = None
+    operations: dict[Arithmetic, PositiveFloat] = Field(min_length=1)
+    reserved: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    link: Link | None = None
+
+    @classmethod
+    def load(cls, name: str) -> Hardware:
+        """Shipped hardware by name, or a YAML file by path."""
+        return load_yaml(cls, "engines/hardware", name)

@@ -1,0 +1,1 @@
+"""Reports as HTML pages: drawings, tables and the style that all of them share."""
