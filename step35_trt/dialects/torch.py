@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Weights(Protocol):
 
 @dataclass
 class CheckpointWeights:
-    """Parameters of a checkpoint in `dtype`; vectors and the router stay fp32.
+    """Parameters of a checkpoint in `dtype` on `device`; vectors and the router stay fp32.
 
     Dense tensors are kept once read. Experts are read when chosen and kept as well, so memory grows with the
     experts in use: meant for small models and slices.
@@ -38,6 +38,7 @@ class CheckpointWeights:
 
     checkpoint: Checkpoint
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     _kept: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
@@ -52,8 +53,16 @@ class CheckpointWeights:
         if (name, index) not in self._kept:
             value = torch.from_numpy(self.checkpoint.read(name, index))
             fp32 = value.ndim == 1 or name.endswith(".moe.gate.weight")
-            self._kept[name, index] = value if fp32 else value.to(self.dtype)
+            self._kept[name, index] = value.to(self.device, value.dtype if fp32 else self.dtype)
         return self._kept[name, index]
+
+
+class Rows(Protocol):
+    """What is kept of one layer and sequence, a row a token."""
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` rows."""
+        ...
 
 
 @dataclass
@@ -86,7 +95,7 @@ class SequenceBatch:
 
     lengths: tuple[int, ...]
     pasts: tuple[int, ...]
-    caches: tuple[dict[int, LayerCache] | None, ...]
+    caches: tuple[dict[int, Any] | None, ...]  # of `LayerCache`, or of what the kernels keep
 
     @classmethod
     def fresh(cls, *lengths: int) -> SequenceBatch:
@@ -94,12 +103,48 @@ class SequenceBatch:
         return cls(lengths, (0,) * len(lengths), (None,) * len(lengths))
 
 
+class Kernels(Protocol):
+    """The two plugins as GPU kernels; arguments as the words of `Ops` have them."""
+
+    def gated_attention(
+        self,
+        batch: SequenceBatch,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        q_gamma: Tensor,
+        k_gamma: Tensor,
+        eps: float,
+        layer: LayerSpec,
+    ) -> Tensor:
+        """See `Ops`; the caches are the kernels' own kind of `Rows`."""
+        ...
+
+    def sparse_moe(
+        self,
+        x: Tensor,
+        selection: Tensor,
+        weights: Tensor,
+        experts: str,
+        top_k: int,
+        scale: float,
+        limit: float,
+    ) -> Tensor:
+        """See `Ops`."""
+        ...
+
+
 @dataclass(frozen=True)
 class TorchOps:
-    """`Ops[Tensor, Tensor]` over `weights`, for the tokens described by `batch`."""
+    """`Ops[Tensor, Tensor]` over `weights`, for the tokens described by `batch`.
+
+    With `kernels` the plugins run as them, else as the definition that stands here.
+    """
 
     weights: Weights
     batch: SequenceBatch
+    kernels: Kernels | None = None
 
     def vector(self, name: str) -> Tensor:
         """See `Ops`."""
@@ -165,6 +210,8 @@ class TorchOps:
         layer: LayerSpec,
     ) -> Tensor:
         """See `Ops`."""
+        if self.kernels is not None:
+            return self.kernels.gated_attention(self.batch, q, k, v, gate, q_gamma, k_gamma, eps, layer)
         d = layer.head_dim
         q = self.rms_norm(q.view(-1, layer.query_heads, d), q_gamma, eps)
         k = self.rms_norm(k.view(-1, layer.kv_heads, d), k_gamma, eps)
@@ -193,6 +240,8 @@ class TorchOps:
         limit: float,
     ) -> Tensor:
         """See `Ops`."""
+        if self.kernels is not None:
+            return self.kernels.sparse_moe(x, selection, weights, experts, top_k, scale, limit)
         chosen = selection.topk(top_k, dim=-1).indices
         mix = weights.gather(-1, chosen)
         mix = mix / (mix.sum(-1, keepdim=True) + 1e-20) * scale

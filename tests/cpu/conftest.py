@@ -8,6 +8,8 @@ import pytest
 # One thread a library: pytest-xdist uses the cores.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+# Triton reads this when it is first imported; what is compiled for a GPU is compiled in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.synthetic import raw_config, write_checkpoint  # noqa: E402 - after the environment
 
