@@ -61,4 +61,6 @@ def test_strips_are_as_long_as_their_values() -> None:
     room = chart.WIDTH - chart.LEFT - chart.RIGHT
     assert len(parts) == 10
     assert all(w == pytest.approx(room * (0.25 if c == "f0" else 0.75), abs=0.1) for c, w in parts)
+    places = {rect.get("x") for rect in root.iter("rect")}
+    assert places == {f"{chart.LEFT:.1f}", f"{chart.LEFT + room / 4:.1f}"}
     assert [text.text for text in root.iter("text")] == ["0", "2", "4"]

@@ -34,7 +34,7 @@ def test_grouped_tokens_match_the_definition(case, block, tokens):
     assert holds(case, tiling("grouped", 128, block, tokens=tokens))
 
 
-@pytest.mark.parametrize(("experts", "kind"), [(128, "int4"), (513, "fp8_block")])
+@pytest.mark.parametrize(("experts", "kind"), [(128, "int4"), (288, "int4"), (513, "fp8_block")])
 def test_grouped_tokens_of_many_experts(experts, kind):
     case = Case.of(1, Geometry(experts, 2, 128, 128, 3.0, kind), 2, 0.4, size=0.3)
     assert holds(case, tiling("grouped", 128, 128, tokens=16))
