@@ -44,7 +44,7 @@ def predict(
     drafts = []
     for k in range(modules):
         rows = length - 1 - k
-        ops = CountingOps(weights, SequenceBatch.fresh(*(rows,) * count), ops.loads)
+        ops = CountingOps(weights, SequenceBatch.fresh(*(rows,) * count), loads=ops.loads)
         ids, carried = tokens[:, 1 + k :].flatten(), hidden[:, :rows].flatten(0, 1)
         draft, hidden = model.mtp_module(ops, config, k, ids, carried, torch.arange(count * rows))
         hidden = hidden.view(count, rows, -1)
