@@ -114,6 +114,7 @@ def write_slice(directory: Path) -> None:
 def measure(bundle: Path, repeats: int) -> dict[str, Any]:
     """Decode in this process; times in ms, the process's peak memory in bytes."""
     from step35_trt.bundle import Bundle
+    from step35_trt.program import Program
     from step35_trt.runtime.load import open_session
 
     opened = Bundle.open(bundle)
@@ -132,6 +133,7 @@ def measure(bundle: Path, repeats: int) -> dict[str, Any]:
             if repeat > 1:
                 times[count].append((time.perf_counter() - started) * 1e3)
             sequence.truncate(CONTEXT)
+    assert isinstance(opened.program, Program)
     segment = opened.program.decoder[0]
     weights = sum(r.size for n, r in opened.manifest.files.items() if n.startswith("weights/"))
     return {

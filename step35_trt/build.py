@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from step35_trt import bundle
-from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, TOKENIZER, Manifest
+from step35_trt.build_steps import BuildStep, bytes_step, tokenizer_steps, weights_step
+from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, Manifest
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.cpu_library import compile_library
 from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
@@ -28,23 +28,14 @@ from step35_trt.quantize.recipe import Recipe
 from step35_trt.weight_store import WeightStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from step35_trt.build_steps import Progress
     from step35_trt.config import Step35Config
-    from step35_trt.engine import EngineSpec
+    from step35_trt.engine import EngineSpec, Target
     from step35_trt.journal import Journal
     from step35_trt.quantize.run import Job
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-# Called with the bytes written, the bytes in all and what is being written.
-Progress = Callable[[int, int, str], None]
 
 
 def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | None = None) -> bool:
@@ -56,11 +47,6 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     Raises:
         Step35Error: one of its kinds; what was finished stays for the next run.
     """
-    if spec.target != "cpu":
-        raise UnsupportedError(
-            f"engine {spec.name} is for {spec.target}, which this version plans but does not build",
-            f"step35-trt plan CHECKPOINT --engine {spec.name}",
-        )
     source = Checkpoint.open(checkpoint)
     recipe = Recipe.load(spec.recipe)
     check_modules_differ(source)
@@ -77,7 +63,7 @@ def build_quantized(job: Job, out: Path, spec: EngineSpec, progress: Progress | 
     Either half goes on where it stopped. Returns and raises as `build` does.
     """
     recipe, between = Recipe.load(spec.recipe), out.with_name(out.name + ".quantized")
-    key = _key([job.key], recipe, spec.model_dump_json())
+    key = _key([job.key], recipe, spec.model_dump_json(), spec.target)
     there = _is_there(out, key)
     if not there:
         check_modules_differ(job.source)
@@ -102,7 +88,11 @@ def export_onnx(
     if out.exists():
         raise UsageError(f"{out} exists already", "Name another directory with -o.")
     _write(
-        out, _key(source.identity(), recipe, repr(spelling)), steps, progress, lambda _stage, _journal: None
+        out,
+        _key(source.identity(), recipe, repr(spelling), "cpu"),
+        steps,
+        progress,
+        lambda _stage, _journal: None,
     )
     return [step.file for step in steps]
 
@@ -110,7 +100,7 @@ def export_onnx(
 def _write(
     out: Path,
     key: str,
-    steps: Sequence[_Step],
+    steps: Sequence[BuildStep],
     progress: Progress | None,
     seal: Callable[[Path, Journal], None],
 ) -> None:
@@ -155,41 +145,33 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One file of the bundle: its size and how it is written, piece by piece."""
-
-    file: str
-    nbytes: int
-    write: Callable[[Path], Iterator[int]]
-
-
-@dataclass(frozen=True)
 class _Plan:
     """Every file of a bundle, before the first byte is written."""
 
     source: Checkpoint
     recipe: Recipe
     spec: EngineSpec
-    steps: tuple[_Step, ...]
+    steps: tuple[BuildStep, ...]
     notes: tuple[str, ...]
     key: str
     quantized: Recipe | None
 
     @classmethod
     def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec, job: Job | None = None) -> _Plan:
-        spelling = CpuSpelling() if recipe.activations == "int8" else OrtSpelling(int8_activations=False)
-        store = WeightStore(source, recipe, spelling.layout)
-        graphs = _graphs(source.config, store, spelling)
-        ours = any(OURS in graph.domains for graph in graphs.values())
-        library = f"{KERNELS}/step35-cpu-{platform.machine()}.so" if ours else None
-        # A missing compiler is better said before the long part.
-        steps = [_library_step(library)] if library else []
-        steps += _model_steps(source.config, store, graphs, library)
-        for name in TOKENIZER_FILES:
-            if (source.directory / name).is_file():
-                steps.append(_bytes_step(f"{TOKENIZER}/{name}", (source.directory / name).read_bytes()))
-        notes = _notes(source.config, graphs, store)
-        key = _key([job.key] if job else source.identity(), recipe, spec.model_dump_json())
+        if spec.target == "cpu":
+            steps, notes = _cpu_steps(source, recipe)
+        elif spec.target == "tensorrt-rtx":
+            from step35_trt.build_tensorrt import tensorrt_steps
+
+            steps, notes = tensorrt_steps(source, recipe, spec)
+        else:
+            raise UnsupportedError(
+                f"engine {spec.name} is for {spec.target}, which this version plans but does not build",
+                f"step35-trt plan CHECKPOINT --engine {spec.name}",
+            )
+        steps += tokenizer_steps(source.directory)
+        identity: list[object] = [job.key] if job else source.identity()
+        key = _key(identity, recipe, spec.model_dump_json(), spec.target)
         return cls(source, recipe, spec, tuple(steps), notes, key, job.recipe if job else None)
 
     def write_manifest(self, stage: Path, journal: Journal) -> None:
@@ -198,7 +180,7 @@ class _Plan:
         manifest = Manifest(
             schema_version=SCHEMA,
             key=self.key,
-            versions=bundle.versions(),
+            versions=bundle.versions(self.spec.target),
             engine=self.spec,
             recipe=self.recipe,
             quantized=self.quantized,
@@ -212,6 +194,19 @@ class _Plan:
         bundle.sync(path)
 
 
+def _cpu_steps(source: Checkpoint, recipe: Recipe) -> tuple[list[BuildStep], tuple[str, ...]]:
+    """Every file but the manifest and the tokenizer, and the manifest's notes."""
+    spelling = CpuSpelling() if recipe.activations == "int8" else OrtSpelling(int8_activations=False)
+    store = WeightStore(source, recipe, spelling.layout)
+    graphs = _graphs(source.config, store, spelling)
+    ours = any(OURS in graph.domains for graph in graphs.values())
+    library = f"{KERNELS}/step35-cpu-{platform.machine()}.so" if ours else None
+    # A missing compiler is better said before the long part.
+    steps = [_library_step(library)] if library else []
+    steps += _model_steps(source.config, store, graphs, library)
+    return steps, _notes(source.config, graphs, store)
+
+
 def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dict[str, GraphWriter]:
     graphs = {"decoder.onnx": decoder_graph(config, store, spelling)}
     for module in range(config.num_nextn_predict_layers):
@@ -221,12 +216,12 @@ def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dic
 
 def _model_steps(
     config: Step35Config, store: WeightStore, graphs: dict[str, GraphWriter], library: str | None
-) -> list[_Step]:
+) -> list[BuildStep]:
     """Weights, graphs and the program over them."""
     program = _program(config, graphs, library).model_dump_json(indent=1).encode()
-    weights = [_weights_step(store, name) for name in store.files]
+    weights = [weights_step(file) for file in store.files.values()]
     written = [_graph_step(name, graph) for name, graph in graphs.items()]
-    return [*weights, *written, _bytes_step(PROGRAM, program)]
+    return [*weights, *written, bytes_step(PROGRAM, program)]
 
 
 def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None) -> Program:
@@ -258,43 +253,25 @@ def _notes(config: Step35Config, graphs: dict[str, GraphWriter], store: WeightSt
     return tuple(notes)
 
 
-def _weights_step(store: WeightStore, name: str) -> _Step:
-    file = store.files[name]
-
-    def write(path: Path) -> Iterator[int]:
-        with path.open("wb") as stream:
-            yield from file.write(stream)
-
-    return _Step(name, file.size, write)
-
-
-def _library_step(name: str) -> _Step:
+def _library_step(name: str) -> BuildStep:
     def write(path: Path) -> Iterator[int]:
         compile_library(path, platform.machine())
         yield 0
 
-    return _Step(name, 0, write)
+    return BuildStep(name, 0, write)
 
 
-def _graph_step(name: str, graph: GraphWriter) -> _Step:
+def _graph_step(name: str, graph: GraphWriter) -> BuildStep:
     def write(path: Path) -> Iterator[int]:
         ir.save(graph.model(name.removesuffix(".onnx")), path)
         yield path.stat().st_size
 
-    return _Step(name, 0, write)
+    return BuildStep(name, 0, write)
 
 
-def _bytes_step(name: str, content: bytes) -> _Step:
-    def write(path: Path) -> Iterator[int]:
-        path.write_bytes(content)
-        yield len(content)
-
-    return _Step(name, len(content), write)
-
-
-def _key(source: list[object], recipe: Recipe, target: str) -> str:
+def _key(source: list[object], recipe: Recipe, spelling: str, target: Target) -> str:
     """What the result depends on, without reading the weights: an interrupted build resumes only its own."""
-    parts = [bundle.versions(), recipe.model_dump(mode="json"), target, source]
+    parts = [bundle.versions(target), recipe.model_dump(mode="json"), spelling, source]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

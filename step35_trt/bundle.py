@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from step35_trt import __version__
 from step35_trt.config import Step35Config
-from step35_trt.engine import EngineSpec
+from step35_trt.engine import EngineSpec, Target
 from step35_trt.errors import CorruptInputError, UnsupportedError, UsageError
-from step35_trt.program import Program
+from step35_trt.program import Program, SteppedProgram
 from step35_trt.quantize.recipe import Recipe
 
 SCHEMA = 1
@@ -23,6 +23,13 @@ PROGRAM = "program.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "weights"
 KERNELS = "kernels"
+SEGMENTS = "segments"
+# What a bundle of each target depends on, by the name that people know: the package that brings it.
+DEPENDENCIES: dict[Target, dict[str, str]] = {
+    "cpu": {"onnxruntime": "onnxruntime"},
+    "tensorrt-rtx": {"tensorrt-rtx": "tensorrt-rtx-cu13", "triton": "triton"},
+    "tensorrt": {"tensorrt": "tensorrt", "triton": "triton"},
+}
 
 
 class FileRecord(BaseModel):
@@ -60,7 +67,7 @@ class Bundle(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
     directory: Path
     manifest: Manifest
-    program: Program
+    program: Program | SteppedProgram
     config: Step35Config
 
     @classmethod
@@ -89,10 +96,14 @@ class Bundle(BaseModel):
                 )
             manifest = Manifest.model_validate(raw)
         except (ValueError, RecursionError, ValidationError) as error:
-            raise CorruptInputError(f"{path} is damaged: {str(error).splitlines()[0]}", REBUILD) from None
-        _check_versions(manifest)
+            raise CorruptInputError(
+                f"{path} is damaged: {str(error).splitlines()[0]}",
+                "Build the bundle again with build-engine.",
+            ) from None
+        if manifest.engine.target == "cpu":
+            check_versions(manifest)  # a GPU bundle may be looked at anywhere; `runtime.gpu` checks it
         _check_files(directory, manifest)
-        program = Program.model_validate_json((directory / PROGRAM).read_bytes())
+        program = _program(directory, manifest)
         return cls(
             directory=directory,
             manifest=manifest,
@@ -106,19 +117,29 @@ class Bundle(BaseModel):
         return [name for name, record in files if digest(self.directory / name) != record.blake2b]
 
 
-REBUILD = "Build the bundle again with build-engine."
-
-
 def staging(directory: Path) -> Path:
     """Where a bundle lies while it is being written."""
     return directory.with_name(directory.name + ".partial")
 
 
-def versions() -> dict[str, str]:
-    """The versions a CPU bundle depends on, without importing them."""
-    from importlib.metadata import version
+def versions(target: Target) -> dict[str, str]:
+    """The versions here of what bundles of a target depend on, none imported; 'none' where missing."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {"step35-trt": __version__, "onnxruntime": version("onnxruntime")}
+    found = {"step35-trt": __version__}
+    for name, package in DEPENDENCIES[target].items():
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def rebuild(directory: Path, manifest: Manifest) -> str:
+    """What mends a bundle."""
+    engine = f"--engine {manifest.engine.name}"
+    recipe = f" --recipe {manifest.quantized.name}" if manifest.quantized else ""
+    return f"Remove it and run: step35-trt build-engine CHECKPOINT -o {directory} {engine}{recipe}"
 
 
 def digest(path: Path) -> str:
@@ -136,13 +157,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _check_versions(manifest: Manifest) -> None:
-    have = versions()
-    for name, wanted in manifest.versions.items():
-        if name != "step35-trt" and have.get(name) != wanted:
+def check_versions(manifest: Manifest) -> None:
+    """Compare the packages here with those that a bundle was built with.
+
+    Raises:
+        UnsupportedError: one is missing or of another version.
+    """
+    have = versions(manifest.engine.target)
+    for name, package in DEPENDENCIES[manifest.engine.target].items():
+        wanted = manifest.versions.get(name, "none")
+        if have[name] != wanted:
             raise UnsupportedError(
-                f"the bundle was built for {name} {wanted}, this machine has {have.get(name, 'none')}",
-                f"pip install {name}=={wanted}, or build the bundle again.",
+                f"the bundle was built for {name} {wanted}, this machine has {have[name]}",
+                f"pip install {package}=={wanted}, or build the bundle again.",
             )
 
 
@@ -152,10 +179,26 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         if not path.resolve().is_relative_to(directory.resolve()):
             raise CorruptInputError(f"the manifest names a file outside the bundle: {name}")
         if not path.is_file():
-            raise CorruptInputError(f"{name} is missing from {directory}", REBUILD)
+            raise CorruptInputError(f"{name} is missing from {directory}", rebuild(directory, manifest))
         if path.stat().st_size != record.size:
             raise CorruptInputError(
-                f"{name} has {path.stat().st_size} bytes instead of {record.size}", REBUILD
+                f"{name} has {path.stat().st_size} bytes instead of {record.size}",
+                rebuild(directory, manifest),
             )
         if not name.startswith(f"{WEIGHTS}/") and digest(path) != record.blake2b:
-            raise CorruptInputError(f"{name} has changed since the bundle was built", REBUILD)
+            raise CorruptInputError(
+                f"{name} has changed since the bundle was built", rebuild(directory, manifest)
+            )
+
+
+def _program(directory: Path, manifest: Manifest) -> Program | SteppedProgram:
+    content = (directory / PROGRAM).read_bytes()
+    if manifest.engine.target == "cpu":
+        return Program.model_validate_json(content)
+    program = SteppedProgram.model_validate_json(content)
+    # Files that the manifest lists are there by now.
+    for name in sorted(program.files - manifest.files.keys()):
+        raise CorruptInputError(
+            f"the program needs {name}, which {directory} has not", rebuild(directory, manifest)
+        )
+    return program

@@ -325,14 +325,25 @@ def logits(model: str, ids: str, output: Path) -> None:
 @click.option("--ids", help="Token ids to compare on; absent: a text of the program's own.")
 @click.option("--json", "as_json", is_flag=True)
 def verify(bundle: Path, reference: str, ids: str | None, as_json: bool) -> None:
-    """Compare a bundle with its checkpoint run in fp32 by the torch oracle."""
+    """Compare a bundle with its checkpoint run by the torch oracle; a GPU bundle on the CPU, step by step."""
     from dataclasses import asdict
 
     from step35_trt.runtime.load import load_reference, resolve_checkpoint
-    from step35_trt.verify import compare
+    from step35_trt.verify import compare, compare_program
 
-    directory = resolve_checkpoint(reference)
-    report = compare(bundle, load_reference(directory), _ids(ids) if ids else None)
+    directory, tokens = resolve_checkpoint(reference), _ids(ids) if ids else None
+    oracle = load_reference(directory)
+    steps = compare_program(bundle, directory, tokens)
+    if steps is not None:
+        if as_json:
+            console.print_json(steps.as_json())
+        else:
+            console.print_table(f"{bundle} against {reference}, {steps.tokens} tokens", *steps.table())
+            console.say("run on the CPU: what was compiled for the GPU is not part of this")
+        if steps.off:
+            raise VerificationError(steps.off)
+        return
+    report = compare(bundle, oracle, tokens)
     if as_json:
         console.print_json(asdict(report))
     else:
@@ -352,36 +363,52 @@ def verify(bundle: Path, reference: str, ids: str | None, as_json: bool) -> None
 @cli.command()
 @click.argument("bundle", type=BUNDLE)
 @click.option("--check", is_flag=True, help="Read every byte and compare digests.")
+@click.option("--tokens", default=1, show_default=True, type=click.IntRange(min=1), help="Of a GPU's call.")
+@click.option("--context", type=click.IntRange(min=0), help="Positions cached before it; absent: 8192.")
 @click.option("--json", "as_json", is_flag=True)
-def inspect(bundle: Path, check: bool, as_json: bool) -> None:
+def inspect(bundle: Path, check: bool, tokens: int, context: int | None, as_json: bool) -> None:
     """Say what a bundle is: target, precision, steps and what they read."""
+    from dataclasses import asdict
+
+    from step35_trt import inspection
     from step35_trt.bundle import Bundle
+    from step35_trt.pages.table import show
+    from step35_trt.program import SteppedProgram
 
     opened = Bundle.open(bundle)
     if check:
         damaged = opened.damaged()
         if damaged:
             raise CorruptInputError(f"{damaged[0]} has changed since the bundle was built", "Build it again.")
+    manifest, program, steps = opened.manifest, opened.program, list[inspection.Row]()
+    cached = min(inspection.CONTEXT if context is None else context, manifest.max_tokens)
+    hardware = manifest.engine.hardware
+    if isinstance(program, SteppedProgram) and hardware:
+        steps = inspection.rows(program, hardware, tokens, cached)
     if as_json:
-        program = opened.program.model_dump()
-        console.print_json({"manifest": opened.manifest.model_dump(), "program": program, "checked": check})
+        whole = {"manifest": manifest.model_dump(), "program": program.model_dump(), "checked": check}
+        console.print_json(whole | ({"steps": [asdict(step) for step in steps]} if steps else {}))
         return
-    manifest = opened.manifest
     console.out.print(f"{manifest.engine.name}: {manifest.engine.summary}", markup=False)
     console.out.print(f"recipe {manifest.recipe.name}: {manifest.recipe.summary}", markup=False)
     size = sum(record.size for record in manifest.files.values())
     console.out.print(f"{len(manifest.files)} files, {size / 1e6:.1f} MB; up to {manifest.max_tokens} tokens")
-    rows = []
-    for segments in (opened.program.decoder, *opened.program.mtp):
-        for s in segments:
+    if isinstance(program, SteppedProgram):
+        assert hardware is not None
+        for line in inspection.drawing(steps, program):
+            console.out.print(line, markup=False)
+        show([inspection.table(steps, hardware, tokens, cached)])
+    else:
+        rows = []
+        for s in (segment for segments in (program.decoder, *program.mtp) for segment in segments):
             window = sum(cache.window > 0 for cache in s.caches)
             per_token = sum(cache.row_bytes for cache in s.caches if not cache.window)
             caches = f"{len(s.caches) - window} full, {window} window"
             rows.append(
                 (s.file, s.backend, caches, f"{s.bytes_per_token / 1e6:.1f}", f"{per_token / 1e3:.1f}")
             )
-    columns = ("step", "back end", "caches", "MB read a token", "KV kB a token")
-    console.print_table("program", columns, rows)
+        columns = ("step", "back end", "caches", "MB read a token", "KV kB a token")
+        console.print_table("program", columns, rows)
     for note in manifest.notes:
         console.out.print(f"note: {note}", markup=False)
     if check:

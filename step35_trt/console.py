@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from step35_trt.build import Progress as BuildProgress
+    from step35_trt.build_steps import Progress as BuildProgress
     from step35_trt.kernels.compile import Progress as ItemProgress
 
 QUIET_SECONDS = 2.0  # between lines of progress where there is no terminal

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from step35_trt.hardware import Hardware
 from step35_trt.resources import load_yaml
 
+Target = Literal["cpu", "tensorrt-rtx", "tensorrt"]
+
 
 class Parallelism(BaseModel):
     """How the devices of an engine share each part of the model.
@@ -36,7 +38,7 @@ class EngineSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     summary: str
-    target: Literal["cpu", "tensorrt-rtx", "tensorrt"]
+    target: Target
     hardware: Hardware | None = None
     devices: int = Field(default=1, gt=0)
     parallelism: Parallelism = Parallelism()

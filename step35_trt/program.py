@@ -1,4 +1,4 @@
-"""What a bundle executes: steps on caches, as data."""
+"""What a bundle executes, as data: graphs on caches, or segments and kernels step by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from step35_trt.steps import StepProgram
+
 CacheKind = Literal["linear", "compacting", "ring"]
+# How experts lie for the kernels: `plugins/sparse_moe/pack.py`.
+ExpertFormat = Literal["bf16", "fp8_channel", "fp8_block", "int4"]
 
 
 class CacheSpec(BaseModel):
@@ -58,3 +62,67 @@ class Program(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     decoder: tuple[Segment, ...]
     mtp: tuple[tuple[Segment, ...], ...]
+
+
+class TokenRange(BaseModel):
+    """Packed tokens of a call that engines are tuned for: at least, mostly, at most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    least: int
+    mostly: int
+    most: int
+
+
+class KernelFile(BaseModel):
+    """Machine code of a kernel and how it is launched; `constants` are compiled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    plugin: str
+    name: str
+    code: str
+    launch: str
+    constants: dict[str, int | float | bool | str | None]
+
+
+class WeightPlace(BaseModel):
+    """Where a tensor lies: a file of the bundle, a byte offset on a page's start, numpy's dtype and shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SteppedProgram(BaseModel):
+    """`program.json` of a GPU bundle: segments and kernels as steps, and where what they need lies.
+
+    Attributes:
+        decoder: The main stack.
+        mtp: The MTP modules, in order.
+        ranges: What every engine has an optimisation profile for, in this order.
+        segments: File of each engine by the key that steps name it by.
+        kernels: All that the steps' plugins may launch.
+        weights: By the parameter's name; its scales by that name with `.scales`.
+        experts: Format of a layer's stacked experts, by the prefix that steps name them by.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    decoder: StepProgram
+    mtp: tuple[StepProgram, ...]
+    ranges: tuple[TokenRange, ...]
+    segments: dict[str, str]
+    kernels: tuple[KernelFile, ...]
+    weights: dict[str, WeightPlace]
+    experts: dict[str, ExpertFormat]
+
+    @property
+    def programs(self) -> tuple[StepProgram, ...]:
+        """The decoder's and then the modules'."""
+        return (self.decoder, *self.mtp)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Every file that running it needs."""
+        code = (name for kernel in self.kernels for name in (kernel.code, kernel.launch))
+        return frozenset((*self.segments.values(), *code, *(place.file for place in self.weights.values())))

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8"}
+SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+}
+FLOATS = frozenset({"float32", "bfloat16", "float8_e4m3fn"})
 
 Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
 
@@ -66,7 +76,7 @@ class WeightFile:
         for placed, chunks in self.tensors:
             written = 0
             for chunk in chunks():
-                if chunk.dtype == np.float32 and not np.isfinite(chunk).all():
+                if chunk.dtype.name in FLOATS and not np.isfinite(chunk).all():
                     raise CorruptInputError(f"{placed.name} holds a NaN or an infinity")
                 data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
                 stream.write(data.data)
@@ -88,6 +98,13 @@ class WeightFile:
         text = json.dumps(entries, separators=(",", ":")).encode()
         assert len(text) <= self.HEADER - 8, f"{self.name}: too many tensors for one header"
         return (self.HEADER - 8).to_bytes(8, "little") + text.ljust(self.HEADER - 8)
+
+
+def file_name(weight: str) -> str:
+    """The file of a bundle that a parameter goes into: one for each layer and for what is outside."""
+    parts = weight.split(".")
+    stem = f"layer-{int(parts[2]):02}" if parts[1] == "layers" else parts[0 if parts[0] == "lm_head" else 1]
+    return f"weights/{stem}.safetensors"
 
 
 def _entry(dtype: str, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, object]:

@@ -8,7 +8,7 @@ Scales multiply: `weight = value * scale`, rounded once to the type that is comp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import ml_dtypes
@@ -132,33 +132,49 @@ class Forms:
         return WeightForm(self.activation, matrix)
 
 
-def packed_weight(checkpoint: Checkpoint, name: str, form: WeightForm, expert: int | None = None) -> Packed:
+def packed_weight(
+    checkpoint: Checkpoint, name: str, form: WeightForm, part: int | slice | None = None
+) -> Packed:
     """A weight of a checkpoint in a form: its own codes where they fit, else rounded to nearest.
 
     Args:
         checkpoint: Where it lies.
         name: Of the parameter.
-        form: Of the matrix or vector.
-        expert: Which matrix of a stacked parameter.
+        form: Of the whole matrix or vector.
+        part: Which matrix of a stacked parameter, or which rows of a matrix; rows cut no block.
 
     Raises:
         CorruptInputError: the weight is damaged.
     """
-    coding, index = checkpoint.codings[name], ... if expert is None else expert
+    coding, index = checkpoint.codings[name], ... if part is None else part
+    if isinstance(part, slice):
+        form = _of_rows(form, part)
     scale_name = coding.scale_name(name)
-    if scale_name is None or form.scale_dtype is None or not _same(coding, form):
-        return pack(checkpoint.read(name, expert), form)
-    scales = np.asarray(checkpoint.stored(scale_name)[index]).astype(NUMPY[form.scale_dtype])
+    if scale_name is None or form.scale_dtype is None or not same_codes(coding, form):
+        return pack(checkpoint.read(name, part), form)
+    blocks = index
+    if isinstance(index, slice):
+        blocks = slice(index.start // form.block[0], math.ceil(index.stop / form.block[0]))
+    scales = np.asarray(checkpoint.stored(scale_name)[blocks]).astype(NUMPY[form.scale_dtype])
     stored = checkpoint.stored(name)
     if form.dtype != "int4":
         return Packed(np.asarray(stored[index]), scales)
     shape = checkpoint.shape(name)
-    part = slice(0, shape[0]) if expert is None else slice(expert, expert + 1)
-    codes = int4_codes(stored, shape, part).reshape(form.shape).view(np.uint8)
+    rows = slice(part, part + 1) if isinstance(part, int) else part or slice(0, shape[0])
+    codes = int4_codes(stored, shape, rows).reshape(form.shape).view(np.uint8)
     return Packed(codes[:, 0::2] & 15 | codes[:, 1::2] << 4, scales)
 
 
-def _same(coding: Coding, form: WeightForm) -> bool:
+def _of_rows(form: WeightForm, rows: slice) -> WeightForm:
+    """The form of some rows of a matrix."""
+    count = rows.stop - rows.start
+    scales = form.scale_shape
+    if scales:
+        scales = (math.ceil(count / form.block[0]), *scales[1:])
+    return replace(form, shape=(count, *form.shape[1:]), scale_shape=scales)
+
+
+def same_codes(coding: Coding, form: WeightForm) -> bool:
     """Whether the checkpoint's codes and scales are the form's."""
     if coding.kind in INTEGERS:
         return (coding.kind, (1, coding.block)) == (form.dtype, form.block)

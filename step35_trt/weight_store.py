@@ -17,7 +17,7 @@ from step35_trt.errors import UnsupportedError
 from step35_trt.parallel import in_order
 from step35_trt.quantize import cpu_layout, native
 from step35_trt.quantize.blocks import block_size
-from step35_trt.weight_file import WeightFile
+from step35_trt.weight_file import WeightFile, file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,11 +138,7 @@ class WeightStore:
         return self._experts[prefix]
 
     def _file(self, weight: str) -> WeightFile:
-        parts = weight.split(".")
-        stem = (
-            f"layer-{int(parts[2]):02}" if parts[1] == "layers" else parts[0 if parts[0] == "lm_head" else 1]
-        )
-        name = f"weights/{stem}.safetensors"
+        name = file_name(weight)
         return self.files.setdefault(name, WeightFile(name))
 
     def _place(self, weight: str, stored: str, source: _Source, bits: int, block: int) -> Matrix:

@@ -52,7 +52,7 @@ class InterpretedSession:
         """
         made, builder = ModelPrograms.of(checkpoint.config, forms, sharing), Builder.rtx()
         networks = {key: builder.write(segment, made.forms) for key, segment in made.segments.items()}
-        executor = Executor(networks, FormedWeights(checkpoint, forms, sharing, rank), exchange)
+        executor = Executor(networks, FormedWeights.of(checkpoint, forms, sharing, rank), exchange)
         return cls(checkpoint.config, executor, made.decoder, made.mtp)
 
     @property

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from step35_trt.sharing import ALONE, Sharing
-from step35_trt.weight_forms import NUMPY, Forms, Packed, packed_weight, unpack
+from step35_trt.weight_forms import NUMPY, Forms, Packed, WeightForm, packed_weight, unpack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.steps import WeightBinding
+
+# Gives a weight in a form, or one expert's matrix of a stacked one.
+Read = Callable[[str, WeightForm, int | None], Packed]
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,19 @@ class FormedWeights:
     definition then multiplies by exactly what the engines multiply by.
     """
 
-    checkpoint: Checkpoint
+    read: Read
     forms: Forms
     sharing: Sharing = ALONE
     rank: int = 0
     _packed: dict[tuple[str, int | None], Packed] = field(default_factory=dict)
     _decoded: dict[tuple[str, int | None], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, forms: Forms, sharing: Sharing = ALONE, rank: int = 0
+    ) -> FormedWeights:
+        """A checkpoint's."""
+        return cls(partial(packed_weight, checkpoint), forms, sharing, rank)
 
     def tensor(self, name: str) -> torch.Tensor:
         """See `dialects.torch.Weights`."""
@@ -58,7 +70,7 @@ class FormedWeights:
         """A weight as it is stored."""
         if (name, expert) not in self._packed:
             form = self.forms(name)
-            whole = packed_weight(self.checkpoint, name, form, expert)
+            whole = self.read(name, form, expert)
             self._packed[name, expert] = self.sharing.cut(whole, name, form, self.rank)
         return self._packed[name, expert]
 

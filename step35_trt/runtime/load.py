@@ -68,10 +68,20 @@ def load_text(directory: Path, *, required: bool) -> Text | None:
 
 
 def open_session(bundle: Bundle) -> Session:
-    """The session of an opened bundle."""
-    from step35_trt.runtime.session_onnx import OnnxSession
+    """The session of an opened bundle.
+
+    Raises:
+        UnsupportedError: it is for a GPU.
+    """
+    from step35_trt.program import Program
 
     manifest = bundle.manifest
+    if not isinstance(bundle.program, Program):
+        from step35_trt.runtime.gpu import refuse
+
+        refuse(bundle)
+    from step35_trt.runtime.session_onnx import OnnxSession
+
     return OnnxSession(
         bundle.directory,
         bundle.config,

@@ -1,0 +1,73 @@
+"""What a build consists of: one file a step, written piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from step35_trt.bundle import TOKENIZER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.weight_file import WeightFile
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# Called with the bytes written, the bytes in all and what is being written.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class BuildStep:
+    """One file of the bundle: its size, 0 where that is not known, and how it is written, piece by piece."""
+
+    file: str
+    nbytes: int
+    write: Callable[[Path], Iterator[int]]
+
+
+def bytes_step(name: str, content: bytes) -> BuildStep:
+    """A file whose content is there."""
+
+    def write(path: Path) -> Iterator[int]:
+        path.write_bytes(content)
+        yield len(content)
+
+    return BuildStep(name, len(content), write)
+
+
+def made_step(name: str, make: Callable[[], bytes]) -> BuildStep:
+    """A file whose content is made when it is its turn."""
+
+    def write(path: Path) -> Iterator[int]:
+        path.write_bytes(make())
+        yield 0
+
+    return BuildStep(name, 0, write)
+
+
+def weights_step(file: WeightFile) -> BuildStep:
+    """A packed file of weights."""
+
+    def write(path: Path) -> Iterator[int]:
+        with path.open("wb") as stream:
+            yield from file.write(stream)
+
+    return BuildStep(file.name, file.size, write)
+
+
+def tokenizer_steps(checkpoint: Path) -> list[BuildStep]:
+    """What a checkpoint has of a tokenizer."""
+    return [
+        bytes_step(f"{TOKENIZER}/{name}", (checkpoint / name).read_bytes())
+        for name in TOKENIZER_FILES
+        if (checkpoint / name).is_file()
+    ]
