@@ -1,0 +1,183 @@
+"""Commands that run a model: text, batches, logits."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Literal
+
+import rich_click as click
+
+from step35_trt import console
+from step35_trt.commands.parameters import PATH, token_ids
+from step35_trt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from step35_trt.runtime.batch import BatchSummary
+    from step35_trt.runtime.generate import GenerationStats
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-ids", help="Token ids to continue, separated by commas.")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
+@click.option("--min-p", default=0.0, show_default=True)
+@click.option("--seed", type=int, help="Makes sampled output repeatable.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option(
+    "--draft-tokens", default="auto", show_default=True, help="MTP drafts a round: 0 to 3, or auto."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a stream.")
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_ids: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    draft_tokens: str,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with a bundle, streaming text."""
+    from step35_trt.runtime.generate import GenerationStats
+    from step35_trt.runtime.generate import generate as run
+    from step35_trt.runtime.load import load_text, open_bundle
+    from step35_trt.runtime.sampling import SamplingParams
+    from step35_trt.runtime.text import complete
+
+    if (prompt is None) == (prompt_ids is None):
+        raise UsageError("give either --prompt or --prompt-ids")
+    sampling = SamplingParams(temperature, top_p, top_k, min_p, seed)
+    drafts = _draft_tokens(draft_tokens)
+    session = open_bundle(bundle)
+    text = load_text(bundle, required=prompt is not None)
+    ids = text.encode(prompt) if prompt is not None and text else token_ids(prompt_ids or "")
+    stats, taken, answer = GenerationStats(), list[int](), list[str]()
+    stop_ids = session.config.eos_token_id
+    if text is None:
+        for chunk in run(
+            session, ids, sampling, max_tokens=max_tokens, stop_ids=stop_ids, draft_tokens=drafts, stats=stats
+        ):
+            taken += chunk
+    else:
+        for piece in complete(
+            session,
+            text,
+            ids,
+            sampling,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            stop_strings=stop,
+            draft_tokens=drafts,
+            stats=stats,
+            token_ids=taken,
+        ):
+            answer.append(piece)
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    if as_json:
+        result = {"text": "".join(answer) if text else None, "token_ids": taken}
+        console.print_json(result | {"finish_reason": stats.finish_reason, "stats": _summary(stats)})
+        return
+    sys.stdout.write("\n" if text else ",".join(map(str, taken)) + "\n")
+    acceptance = ", ".join(f"{share:.0%}" for share in stats.acceptance)
+    console.say(
+        f"{stats.generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; "
+        f"mean accepted length {stats.mean_accepted_length:.2f}"
+        + (f"; acceptance by head {acceptance}" if acceptance else "")
+    )
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.argument("requests", type=PATH)
+@click.option("-o", "--output", required=True, type=PATH, help="Answers, JSON lines.")
+@click.option(
+    "--draft-tokens", default="auto", show_default=True, help="MTP drafts a round: 0 to 3, or auto."
+)
+@click.option("--json", "as_json", is_flag=True, help="The summary as a JSON object.")
+def batch(bundle: Path, requests: Path, output: Path, draft_tokens: str, as_json: bool) -> None:
+    """Answer REQUESTS, a JSON-lines file in OpenAI's batch format. Resumes by itself."""
+    from dataclasses import asdict
+
+    from step35_trt.runtime.batch import run_batch
+    from step35_trt.runtime.load import load_text, open_bundle
+
+    drafts = _draft_tokens(draft_tokens)
+    session = open_bundle(bundle)
+    text = load_text(bundle, required=True)
+    assert text is not None
+    with console.line_progress("answering", requests) as progress:
+
+        def advance(summary: BatchSummary) -> None:
+            progress(summary.lines, summary.errors)
+
+        summary = run_batch(session, text, requests, output, draft_tokens=drafts, progress=advance)
+    if as_json:
+        console.print_json(asdict(summary))
+    elif summary.already_finished:
+        console.say(f"{output} was complete already: {summary.lines} lines")
+    else:
+        console.say(
+            f"{output}: {summary.answered} answers, {summary.errors} errors, "
+            f"{summary.generated_tokens} tokens in {summary.seconds:.1f} s"
+        )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--ids", required=True, help="Token ids, separated by commas.")
+@click.option("-o", "--output", required=True, type=PATH, help="An .npz file.")
+def logits(model: str, ids: str, output: Path) -> None:
+    """Write logits, hidden states and MTP logits of given tokens; MODEL is a bundle or a checkpoint."""
+    import numpy as np
+
+    from step35_trt.evaluate import evaluate
+    from step35_trt.journal import replacing
+    from step35_trt.runtime.load import load_any
+
+    session = load_any(model)
+    result = evaluate(session, np.array(_checked(token_ids(ids), session.config.vocab_size)))
+    with replacing(output) as stream:
+        np.savez(stream, logits=result.logits, hidden=result.hidden, mtp_logits=result.mtp_logits)
+    console.say(f"{output}: {len(result.logits)} tokens")
+
+
+def _checked(ids: list[int], vocabulary: int) -> list[int]:
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise UsageError(f"token id {token} lies outside the vocabulary of {vocabulary}")
+    return ids
+
+
+def _draft_tokens(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise UsageError(f"--draft-tokens takes 0, 1, 2, 3 or auto, not {text!r}")
+    return int(text)
+
+
+def _summary(stats: GenerationStats) -> dict[str, object]:
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "rounds": stats.rounds,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "acceptance": list(stats.acceptance),
+        "mean_accepted_length": stats.mean_accepted_length,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "tokens_per_second": stats.tokens_per_second,
+    }
