@@ -50,7 +50,13 @@ def width_refusal(width: int, ranks: int, up: Coding, down: Coding) -> str:
     # A scale that spans whole rows of `down` holds for any part of them.
     block = math.lcm(max(1, up.rows), max(1, down.columns))
     if share % block:
-        return f"{width} / {ranks} = {share} is no multiple of {block}, the width that shares a scale"
+        # Recipes cut blocks down to 16; the largest power of two that divides the share is what still fits.
+        fitting = share & -share
+        other = f", or use groups of {fitting}" if fitting >= 16 and up.rows <= 1 else ""
+        return (
+            f"{width} / {ranks} = {share} is no multiple of {block}, the width that shares a scale: "
+            f"deal out whole experts{other}"
+        )
     return ""
 
 

@@ -24,6 +24,9 @@ def test_blocks_of_experts() -> None:
     assert whole == [1, 2, 5, 10]
     assert "1280 / 4 = 320 is no multiple of 128" in width_refusal(1280, 4, FP8_BLOCKS, FP8_BLOCKS)
     assert "1280 / 8 = 160 is no multiple of 128" in width_refusal(1280, 8, INT4_128, INT4_128)
+    assert width_refusal(1280, 4, FP8_BLOCKS, FP8_BLOCKS).endswith(": deal out whole experts")
+    assert width_refusal(1280, 4, INT4_128, INT4_128).endswith("whole experts, or use groups of 64")
+    assert width_refusal(1280, 8, INT4_128, INT4_128).endswith("whole experts, or use groups of 32")
     # A scale for each whole row outlives any cut, and so does no scale.
     assert [n for n in range(1, 17) if not width_refusal(1280, n, FP8_ROWS, FP8_ROWS)] == [
         1,
