@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -61,71 +62,53 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 @contextmanager
 def file_progress(title: str) -> Iterator[BuildProgress]:
-    """Bytes written of a long job: a bar on a terminal, a line now and then elsewhere."""
-    if not err.is_terminal:
-        last = time.monotonic()
-
-        def line(done: int, total: int, name: str) -> None:
-            nonlocal last
-            if time.monotonic() - last > QUIET_SECONDS:
-                last = time.monotonic()
-                err.print(f"{title}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {name}", markup=False)
-
-        yield line
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-
-        def update(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"{title} {_escaped(name)}")
-
-        yield update
-
-
-@contextmanager
-def line_progress(title: str, requests: Path) -> Iterator[Callable[[int, int], None]]:
-    """Lines answered and lines in error: a bar on a terminal, a line now and then elsewhere."""
-    last = time.monotonic()
-    if not err.is_terminal:
-
-        def line(done: int, errors: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > QUIET_SECONDS:
-                last = time.monotonic()
-                err.print(f"{title}: {done} lines, {errors} errors")
-
-        yield line
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(title, total=_count_lines(requests))
-
-        def update(done: int, errors: int) -> None:
-            progress.update(task, completed=done, description=f"{title} ({errors} errors)")
-
-        yield update
+    """Bytes written of a long job."""
+    columns = (DownloadColumn(), TimeRemainingColumn())
+    with _progress(title, columns, lambda done, total: f"{done / 1e6:.0f} of {total / 1e6:.0f} MB") as show:
+        yield show
 
 
 @contextmanager
 def item_progress(title: str) -> Iterator[ItemProgress]:
-    """Things made of a known number: a bar on a terminal, a line now and then elsewhere."""
+    """Things made of a known number."""
+    columns = (MofNCompleteColumn(), TimeRemainingColumn())
+    with _progress(title, columns, lambda done, total: f"{done} of {total}") as show:
+        yield show
+
+
+@contextmanager
+def line_progress(title: str, requests: Path) -> Iterator[Callable[[int, int], None]]:
+    """Lines answered and lines in error."""
+    columns, lines = (MofNCompleteColumn(), TimeRemainingColumn()), _count_lines(requests)
+    with _progress(title, columns, lambda done, _total: f"{done} lines") as show:
+        yield lambda done, errors: show(done, lines, f"{errors} errors")
+
+
+class _Show(Protocol):
+    def __call__(self, done: int, total: int | None, name: str) -> None: ...
+
+
+@contextmanager
+def _progress(
+    title: str, columns: tuple[ProgressColumn, ...], said: Callable[[int, Any], str]
+) -> Iterator[_Show]:
+    """A bar on a terminal, a line now and then elsewhere; called with how many, of how many, of what."""
     if not err.is_terminal:
         last = time.monotonic()
 
-        def line(done: int, total: int, name: str) -> None:
+        def line(done: int, total: int | None, name: str) -> None:
             nonlocal last
             if time.monotonic() - last > QUIET_SECONDS:
                 last = time.monotonic()
-                err.print(f"{title}: {done} of {total}, {name}", markup=False)
+                err.print(f"{title}: {said(done, total)}, {name}", markup=False)
 
         yield line
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err, transient=True) as progress:
+    shown = TextColumn("{task.description}"), BarColumn(), *columns
+    with Progress(*shown, console=err, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
-        def update(done: int, total: int, name: str) -> None:
+        def update(done: int, total: int | None, name: str) -> None:
             progress.update(task, completed=done, total=total, description=f"{title} {_escaped(name)}")
 
         yield update
