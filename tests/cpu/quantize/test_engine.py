@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import rich_click as click
 from safetensors.numpy import load_file
 
 from step35_trt import build as builder
 from step35_trt import cli
 from step35_trt.build import build, build_quantized
 from step35_trt.bundle import Bundle
+from step35_trt.commands import making
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import UnsupportedError
 from step35_trt.quantize import cpu_layout
@@ -199,13 +201,13 @@ def test_the_command(
     ("text", "size"), [("12GiB", 12 << 30), ("500M", 500_000_000), ("1.5k", 1500), ("7", 7)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.Bytes().convert(text, None, None) == size
+    assert making.Bytes().convert(text, None, None) == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "GiB", "3 apples", "0"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(cli.click.BadParameter, match="number of bytes"):
-        cli.Bytes().convert(text, None, None)
+    with pytest.raises(click.BadParameter, match="number of bytes"):
+        making.Bytes().convert(text, None, None)
 
 
 def test_smaller_blocks_share_their_groups_scale(tmp_path: Path) -> None:
