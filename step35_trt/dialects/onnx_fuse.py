@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from step35_trt.dialects.onnx_graph import OURS
+from step35_trt.quantize.cpu_layout import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MOST_PRODUCTS = 4  # of one node (`plugins/int4_linear/cpu.c`)
-TILE = 16
 
 
 class JoinProducts(ir.passes.InPlacePass):
