@@ -13,19 +13,18 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from step35_trt.build_steps import Progress as BuildProgress
-    from step35_trt.kernels.compile import Progress as ItemProgress
+    from step35_trt.progress import Progress
 
 QUIET_SECONDS = 2.0  # between lines of progress where there is no terminal
 
@@ -61,7 +60,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 @contextmanager
-def file_progress(title: str) -> Iterator[BuildProgress]:
+def file_progress(title: str) -> Iterator[Progress]:
     """Bytes written of a long job."""
     columns = (DownloadColumn(), TimeRemainingColumn())
     with _progress(title, columns, lambda done, total: f"{done / 1e6:.0f} of {total / 1e6:.0f} MB") as show:
@@ -69,7 +68,7 @@ def file_progress(title: str) -> Iterator[BuildProgress]:
 
 
 @contextmanager
-def item_progress(title: str) -> Iterator[ItemProgress]:
+def item_progress(title: str) -> Iterator[Progress]:
     """Things made of a known number."""
     columns = (MofNCompleteColumn(), TimeRemainingColumn())
     with _progress(title, columns, lambda done, total: f"{done} of {total}") as show:
@@ -105,7 +104,7 @@ def _progress(
         yield line
         return
     shown = TextColumn("{task.description}"), BarColumn(), *columns
-    with Progress(*shown, console=err, transient=True) as progress:
+    with Bar(*shown, console=err, transient=True) as progress:
         task = progress.add_task(title, total=None)
 
         def update(done: int, total: int | None, name: str) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from step35_trt.errors import Step35Error
 from step35_trt.kernels import content, ptx
@@ -30,6 +30,7 @@ from step35_trt.kernels.artefact import (
 )
 from step35_trt.kernels.artefact import digest as file_digest
 from step35_trt.kernels.plugin import ROOT
+from step35_trt.progress import silent
 from step35_trt.resources import cache_folder
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from step35_trt.kernels.targets import GpuTarget
     from step35_trt.kernels.variant import KernelVariant
+    from step35_trt.progress import Progress
 
 SCRATCH = (Argument(name="global_scratch", type="*u8"), Argument(name="profile_scratch", type="*u8"))
 _PTX_TYPES = {"i1": "u8", "i8": "u8", "u8": "u8", "i16": "u16", "i32": "u32", "u32": "u32", "i64": "u64"}
@@ -49,21 +51,13 @@ _LOG = {
 }
 
 
-class Progress(Protocol):
-    """Called after each kernel."""
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        """`done` of `total` kernels are there; `name` came last."""
-        ...
-
-
 def compile_kernels(
     variants: Sequence[KernelVariant],
     target: GpuTarget,
     *,
     root: Path = ROOT,
     workers: int | None = None,
-    progress: Progress = lambda done, total, name: None,
+    progress: Progress = silent,
 ) -> list[CompiledKernel]:
     """Compile `variants` for `target`, in their order; what the cache holds is not compiled again.
 

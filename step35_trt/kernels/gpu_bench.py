@@ -8,40 +8,55 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from triton.errors import TritonError
 
 from step35_trt.errors import Step35Error
-from step35_trt.kernels import plugin
+from step35_trt.kernels import plugin, tactics
 from step35_trt.kernels.compile import compile_kernels
 from step35_trt.kernels.report import report
 from step35_trt.kernels.tactics import Tactics
 from step35_trt.kernels.timing import seconds
-from step35_trt.kernels.tuning import starting_point, tune
+from step35_trt.kernels.tuning import tune
 from step35_trt.kernels.workloads import published, workloads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from step35_trt.config import Step35Config
     from step35_trt.kernels.targets import GpuTarget
-    from step35_trt.kernels.tuning import Entries, Progress
+    from step35_trt.kernels.tuning import Entries
     from step35_trt.kernels.workloads import Workload
+    from step35_trt.progress import Progress
 
 
-def tuned(name: str, target: GpuTarget, device: torch.device, progress: Progress) -> Tactics:
+def tuned(
+    name: str,
+    target: GpuTarget,
+    device: torch.device,
+    progress: Progress,
+    keep: Callable[[Tactics], None],
+) -> Tactics:
     """Tactics of the plugin `name`, measured on `device`.
+
+    `keep` is given each improvement, as unfinished tactics: an interrupted search, or one that a kernel's
+    error on the device ends, has lost nothing.
 
     Raises:
         UnsupportedError: there is nothing to start from.
     """
     scale = published()
-    with torch.inference_mode():
-        some = [made for make in workloads(scale, device) if (made := make()).plugin == name]
-        found = tune(
-            starting_point(name, target).entries, GpuBench(name, target, scale.config, some), progress
-        )
     said = f"{torch.cuda.get_device_name(device)}, {datetime.datetime.now(datetime.UTC):%d %B %Y}"
+    with torch.inference_mode():
+        some = [make() for make in workloads(scale, device, (name,))]
+        bench = GpuBench(name, target, scale.config, some)
+        found = tune(
+            tactics.load(name, target.capability).entries,
+            bench,
+            progress,
+            lambda entries: keep(Tactics(measured=f"{said}, unfinished", entries=entries)),
+        )
     return Tactics(measured=said, entries=found)
 
 
@@ -79,15 +94,15 @@ class GpuBench:
         return not any(report(item).failures for item in made)
 
     def seconds(self, workload: int, entries: Entries) -> float:
-        """See `Bench`. A failing launch is this candidate's; an error that the device keeps ends the run."""
+        """See `Bench`. What does not start is this candidate's; an error the device keeps ends the run."""
         asked = self.workloads[workload]
         if workload not in self._definitions:
             self._definitions[workload] = asked.definition()
         want = self._definitions[workload]
         try:
             got = asked.run(entries)[: len(want)].float()
-        except (Step35Error, ValueError):
+            if not (got - want).abs().max() <= asked.tolerance * want.abs().max():
+                return math.inf
+            return seconds(lambda: asked.run(entries))
+        except (Step35Error, ValueError, TritonError, torch.cuda.OutOfMemoryError):
             return math.inf
-        if not (got - want).abs().max() <= asked.tolerance * want.abs().max():
-            return math.inf
-        return seconds(lambda: asked.run(entries))

@@ -7,15 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from step35_trt.errors import UnsupportedError
-from step35_trt.kernels import tactics
-from step35_trt.kernels.targets import TARGETS
+from step35_trt.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from step35_trt.kernels.tactics import Tactic, Tactics
-    from step35_trt.kernels.targets import GpuTarget
+    from step35_trt.progress import Progress
 
 Entries = tuple["Tactic", ...]
 WORTH = 0.98  # a change has to save 2 %: less is the noise of a measurement
@@ -41,19 +39,12 @@ class Bench(Protocol):
         ...
 
 
-class Progress(Protocol):
-    """Called after each entry that was looked at."""
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        """`done` of `total` entries; the last one is `name`'s."""
-        ...
-
-
 @dataclass
 class _Search:
     bench: Bench
     entries: Entries
     times: list[float]
+    keep: Callable[[Entries], None]
 
     def improve(self, index: int) -> bool:
         """Take changes of one entry, and what has to change with it, while they pay."""
@@ -75,21 +66,40 @@ class _Search:
             if not self.bench.compiles(candidate, self.entries[index].kernel):
                 continue
             times = [self.bench.seconds(number, candidate) for number in concerned]
-            gain = sum(math.log(new / self.times[n]) for new, n in zip(times, concerned, strict=True))
-            if gain < len(concerned) * math.log(WORTH):
+            change = sum(_change(self.times[n], new) for new, n in zip(times, concerned, strict=True))
+            if change < len(concerned) * math.log(WORTH):
                 self.entries = candidate
+                self.keep(candidate)
                 for number, new in zip(concerned, times, strict=True):
                     self.times[number] = new
                 return True
         return False
 
 
-def tune(entries: Entries, bench: Bench, progress: Progress = lambda done, total, name: None) -> Entries:
+def _change(old: float, new: float) -> float:
+    """The logarithm of `new / old`; what fails is worse than all else, what no longer fails better."""
+    if math.isinf(new):
+        return math.inf
+    return -math.inf if math.isinf(old) else math.log(new / old)
+
+
+def _forget(_: Entries) -> None:
+    pass
+
+
+def tune(
+    entries: Entries,
+    bench: Bench,
+    progress: Progress = silent,
+    keep: Callable[[Entries], None] = _forget,
+) -> Entries:
     """Entries of the same bounds, at most as slow on every bench's sum of logarithms of times.
 
     Coordinate descent: tile sizes, warps and pipeline depth are doubled, halved or stepped, one at a time.
+    `keep` is called with each improvement, so that what ends the search early ends nothing else.
     """
-    search = _Search(bench, entries, [bench.seconds(n, entries) for n in range(len(bench.problems))])
+    times = [bench.seconds(n, entries) for n in range(len(bench.problems))]
+    search = _Search(bench, entries, times, keep)
     total = ROUNDS * len(entries)
     for round_ in range(ROUNDS):
         found = False
@@ -129,21 +139,6 @@ def _with(entries: Entries, indices: Sequence[int], **values: int) -> Entries:
         e.model_copy(update=options | {"constants": {**e.constants, **values}}) if i in indices else e
         for i, e in enumerate(entries)
     )
-
-
-def starting_point(plugin: str, target: GpuTarget) -> Tactics:
-    """The plugin's tactics for `target`, or those of a GPU whose blocks have as much shared memory.
-
-    Raises:
-        UnsupportedError: there are none.
-    """
-    alike = [other for other in TARGETS.values() if other.shared_bytes == target.shared_bytes]
-    for other in sorted(alike, key=lambda other: other is not target):
-        try:
-            return tactics.load(plugin, other.capability)
-        except UnsupportedError:
-            continue
-    return tactics.load(plugin, target.capability)
 
 
 def text(found: Tactics) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from step35_trt.journal import Journal
+    from step35_trt.progress import Progress
     from step35_trt.quantize.recipe import Recipe
 
 MOST_BYTES = 5_000_000_000  # of a shard, unless one parameter is larger
@@ -47,9 +47,6 @@ CARRIED = (
     "modeling_*.py",
     "LICENSE*",
 )
-
-# Called with the bytes written, the bytes in all and what is being written.
-Progress = Callable[[int, int, str], None]
 
 
 def conversion_key(source: Checkpoint, recipe: Recipe, inputs: Sequence[str] = ()) -> str:

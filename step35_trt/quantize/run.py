@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from step35_trt.quantize.convert import Progress
+    from step35_trt.progress import Progress
     from step35_trt.quantize.recipe import Recipe
 
 REPORT = "reports/calibration.json"

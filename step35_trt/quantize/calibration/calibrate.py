@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from step35_trt.checkpoint import Checkpoint
-    from step35_trt.quantize.calibration.setup import Progress, Setup
+    from step35_trt.progress import Progress
+    from step35_trt.quantize.calibration.setup import Setup
     from step35_trt.quantize.recipe import Recipe
 
 KEY = "calibration.key"

@@ -12,6 +12,7 @@ from step35_trt.dialects.torch import TorchOps
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from step35_trt.dialects.torch import Weights
     from step35_trt.quantize.folding import TensorSource
 
 BF16_ROUNDING = 2.0**-8  # unit roundoff of eight significant bits
@@ -121,6 +122,7 @@ class WatchingOps(TorchOps):
         first: The number of the first token among the stage's.
     """
 
+    weights: Weights
     watched: dict[str, Inputs] = field(default_factory=dict)
     routings: list[Routing] = field(default_factory=list)
     routed: Tensor | None = None

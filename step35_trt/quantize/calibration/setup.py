@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 # From a parameter's name and shape to how it will be stored.
 CodingOf = Callable[[str, tuple[int, ...]], "Coding"]
 
-# Called with the bytes of weights done, the bytes in all and the stage.
-Progress = Callable[[int, int, str], None]
-
 SEARCH_TOKENS = 512  # a scale is judged by the products of so many tokens
 SEARCHED_EXPERTS = 32  # and a scale that all experts share by those of so many experts
 DEFAULT_CHUNK = 2048  # tokens

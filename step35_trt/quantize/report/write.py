@@ -25,7 +25,7 @@ from step35_trt.quantize.run import REPORT
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from step35_trt.quantize.convert import Progress
+    from step35_trt.progress import Progress
     from step35_trt.quantize.report.data import Quality
     from step35_trt.quantize.report.held_out import HeldOut
     from step35_trt.quantize.run import Job
