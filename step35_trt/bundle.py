@@ -5,39 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from step35_trt import __version__
 from step35_trt.config import Step35Config
+from step35_trt.digests import FileRecord, damaged, unlike
 from step35_trt.engine import EngineSpec, Target
 from step35_trt.errors import CorruptInputError, UnsupportedError, UsageError
 from step35_trt.program import Program, SteppedProgram
 from step35_trt.quantize.recipe import Recipe
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from step35_trt.progress import Progress
+
+SCHEMA = 2
 MANIFEST = "manifest.json"
 PROGRAM = "program.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "weights"
 KERNELS = "kernels"
 SEGMENTS = "segments"
+REPORTS = "reports"
 # What a bundle of each target depends on, by the name that people know: the package that brings it.
 DEPENDENCIES: dict[Target, dict[str, str]] = {
     "cpu": {"onnxruntime": "onnxruntime"},
+    "torch": {},  # what it holds is data, which any version runs
     "tensorrt-rtx": {"tensorrt-rtx": "tensorrt-rtx-cu13", "triton": "triton"},
     "tensorrt": {"tensorrt": "tensorrt", "triton": "triton"},
 }
-
-
-class FileRecord(BaseModel):
-    """Size in bytes and BLAKE2b-256 of a file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    size: int
-    blake2b: str
+# Packages that bring the same, built for one version of CUDA.
+SAME = {"tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
+# Dependencies that a bundle takes up only when it is finished on the machine that it is for.
+FINISHING: dict[Target, frozenset[str]] = {"tensorrt": frozenset({"tensorrt"})}
 
 
 class Manifest(BaseModel):
@@ -45,7 +48,9 @@ class Manifest(BaseModel):
 
     `versions` are those the bundle depends on; `quantized` is the recipe that the checkpoint went through on
     its way to the engine's own `recipe`; `notes` say where it computes something other than the
-    checkpoint's arithmetic. `model` is the checkpoint's `config.json` as it was.
+    checkpoint's arithmetic. `model` is the checkpoint's `config.json` as it was. `unfinished` are files that
+    the program needs and `build-engine --finish` still has to make. `seal` is the BLAKE2b-256 of the text
+    without it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +64,23 @@ class Manifest(BaseModel):
     notes: tuple[str, ...]
     files: dict[str, FileRecord]
     model: dict[str, Any]
+    unfinished: tuple[str, ...] = ()
+    seal: str = ""
+
+    def sealed(self) -> str:
+        """The text of `manifest.json`."""
+        content = self.model_copy(update={"seal": ""}).model_dump_json(indent=1)
+        return content.replace(_seal(""), _seal(_digest(content)))
+
+    def seals(self, text: str) -> bool:
+        """Whether the text that this was read from is the one that was written."""
+        return self.seal == _digest(text.replace(_seal(self.seal), _seal("")))
+
+    def write(self, directory: Path) -> None:
+        """Put it into a bundle, synced."""
+        path = directory / MANIFEST
+        path.write_text(self.sealed(), encoding="utf-8")
+        sync(path)
 
 
 class Bundle(BaseModel):
@@ -72,7 +94,7 @@ class Bundle(BaseModel):
 
     @classmethod
     def open(cls, directory: Path) -> Bundle:
-        """Read and check a bundle: small files whole, weights by their size.
+        """Read and check a bundle: small files whole, weights by their size and a few blocks.
 
         Raises:
             UsageError: there is no bundle.
@@ -88,7 +110,8 @@ class Bundle(BaseModel):
                 "Run the same build-engine command again; it resumes." if partial else hint,
             )
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            raw = json.loads(text)
             if isinstance(raw, dict) and raw.get("schema_version") != SCHEMA:
                 raise UnsupportedError(
                     f"{directory} has bundle schema {raw.get('schema_version')}, this program reads {SCHEMA}",
@@ -100,6 +123,10 @@ class Bundle(BaseModel):
                 f"{path} is damaged: {str(error).splitlines()[0]}",
                 "Build the bundle again with build-engine.",
             ) from None
+        if not manifest.seals(text):
+            raise CorruptInputError(
+                f"{path} has changed since the bundle was built", rebuild(directory, manifest)
+            )
         if manifest.engine.target == "cpu":
             check_versions(manifest)  # a GPU bundle may be looked at anywhere; `runtime.gpu` checks it
         _check_files(directory, manifest)
@@ -111,10 +138,9 @@ class Bundle(BaseModel):
             config=Step35Config.parse(manifest.model),
         )
 
-    def damaged(self) -> list[str]:
-        """Files whose digest is not the manifest's; reads everything."""
-        files = self.manifest.files.items()
-        return [name for name, record in files if digest(self.directory / name) != record.blake2b]
+    def damaged(self, progress: Progress | None = None) -> list[str]:
+        """Files whose content is not the manifest's; reads everything."""
+        return damaged(self.directory, self.manifest.files, progress)
 
 
 def staging(directory: Path) -> Path:
@@ -128,11 +154,23 @@ def versions(target: Target) -> dict[str, str]:
 
     found = {"step35-trt": __version__}
     for name, package in DEPENDENCIES[target].items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = "none"
+        found[name] = "none"
+        for same in (package, *SAME.get(package, ())):
+            with suppress(PackageNotFoundError):
+                found[name] = version(same)
+                break
     return found
+
+
+def build_versions(target: Target) -> dict[str, str]:
+    """Those of `versions` that decide what a build writes, before anything is finished elsewhere."""
+    later = FINISHING.get(target, frozenset())
+    return {name: version for name, version in versions(target).items() if name not in later}
+
+
+def finish_command(directory: Path) -> str:
+    """What makes an unfinished bundle complete."""
+    return f"step35-trt build-engine --finish {directory}"
 
 
 def rebuild(directory: Path, manifest: Manifest) -> str:
@@ -142,10 +180,17 @@ def rebuild(directory: Path, manifest: Manifest) -> str:
     return f"Remove it and run: step35-trt build-engine CHECKPOINT -o {directory} {engine}{recipe}"
 
 
-def digest(path: Path) -> str:
-    """BLAKE2b-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+def _seal(digits: str) -> str:
+    return f'"seal": "{digits}"'
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def record(path: Path, name: str) -> FileRecord:
+    """What the file that a bundle calls `name` will be compared by."""
+    return FileRecord.weights(path) if name.startswith(f"{WEIGHTS}/") else FileRecord.small(path)
 
 
 def sync(path: Path) -> None:
@@ -185,10 +230,10 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
                 f"{name} has {path.stat().st_size} bytes instead of {record.size}",
                 rebuild(directory, manifest),
             )
-        if not name.startswith(f"{WEIGHTS}/") and digest(path) != record.blake2b:
-            raise CorruptInputError(
-                f"{name} has changed since the bundle was built", rebuild(directory, manifest)
-            )
+    for name in unlike(directory, manifest.files):
+        raise CorruptInputError(
+            f"{name} has changed since the bundle was built", rebuild(directory, manifest)
+        )
 
 
 def _program(directory: Path, manifest: Manifest) -> Program | SteppedProgram:
@@ -197,7 +242,7 @@ def _program(directory: Path, manifest: Manifest) -> Program | SteppedProgram:
         return Program.model_validate_json(content)
     program = SteppedProgram.model_validate_json(content)
     # Files that the manifest lists are there by now.
-    for name in sorted(program.files - manifest.files.keys()):
+    for name in sorted(program.files - manifest.files.keys() - set(manifest.unfinished)):
         raise CorruptInputError(
             f"the program needs {name}, which {directory} has not", rebuild(directory, manifest)
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
 from step35_trt import bundle
-from step35_trt.bundle import FileRecord
+from step35_trt.digests import FileRecord
 from step35_trt.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class Journal:
         return file in self.records
 
     def finish(self, file: str, *, hashed: bool = True) -> None:
-        """Record a written file: synced, with its digest where a manifest will want it."""
+        """Record a written file: synced, with its digests where a manifest will want them."""
         path = self.path.parent / file
         bundle.sync(path)
-        record = FileRecord(size=path.stat().st_size, blake2b=bundle.digest(path) if hashed else "")
+        record = bundle.record(path, file) if hashed else FileRecord(size=path.stat().st_size)
         self.records[file] = record
         with self.path.open("a", encoding="utf-8") as stream:
             # The newline comes first: a line torn by a crash cannot swallow this one.
@@ -103,9 +103,29 @@ def staged(out: Path, key: str, sizes: dict[str, int]) -> Iterator[tuple[Path, J
             os.close(handle)
 
 
+def check_room(stage: Path, expected: int, *others: Path) -> None:
+    """See that files of `expected` bytes in all fit beside what lies there of them; writes nothing.
+
+    Args:
+        stage: Where they go.
+        expected: Bytes of all of them.
+        others: Folders that some of them go to instead.
+
+    Raises:
+        DoesNotFitError: they do not.
+    """
+    folders = stage, *others
+    there = (path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    _compare_room(stage, expected - sum(there))
+
+
 def _check_room(stage: Path, sizes: dict[str, int], journal: Journal) -> None:
-    needed = sum(size for file, size in sizes.items() if not journal.finished(file))
-    free = shutil.disk_usage(stage).free
+    _compare_room(stage, sum(size for file, size in sizes.items() if not journal.finished(file)))
+
+
+def _compare_room(stage: Path, needed: int) -> None:
+    place = next(path for path in (stage, *stage.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise DoesNotFitError(
             f"the bundle needs {needed / 1e9:.1f} GB more and {stage.parent} has {free / 1e9:.1f} GB free"
