@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from step35_trt import console
 from step35_trt.commands.parameters import PATH, token_ids
 from step35_trt.errors import CorruptInputError, DoesNotFitError, UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from step35_trt.bundle import Bundle
 
 
 @click.command()
@@ -57,54 +61,69 @@ def verify(bundle: Path, reference: str, ids: str | None, as_json: bool) -> None
 @click.option("--check", is_flag=True, help="Read every byte and compare digests.")
 @click.option("--tokens", default=1, show_default=True, type=click.IntRange(min=1), help="Of a GPU's call.")
 @click.option("--context", type=click.IntRange(min=0), help="Positions cached before it; absent: 8192.")
+@click.option("--html", type=PATH, help="Write one self-contained page, with the program drawn.")
 @click.option("--json", "as_json", is_flag=True)
-def inspect(bundle: Path, check: bool, tokens: int, context: int | None, as_json: bool) -> None:
+def inspect(
+    bundle: Path, check: bool, tokens: int, context: int | None, html: Path | None, as_json: bool
+) -> None:
     """Say what a bundle is: target, precision, steps and what they read."""
     from dataclasses import asdict
 
-    from step35_trt import inspection
     from step35_trt.bundle import Bundle
+    from step35_trt.inspection import contents, page
+    from step35_trt.inspection.steps import CONTEXT, Row, drawing, rows, table
+    from step35_trt.journal import replacing
     from step35_trt.pages.table import show
     from step35_trt.program import SteppedProgram
 
     opened = Bundle.open(bundle)
     if check:
-        damaged = opened.damaged()
-        if damaged:
-            raise CorruptInputError(f"{damaged[0]} has changed since the bundle was built", "Build it again.")
-    manifest, program, steps = opened.manifest, opened.program, list[inspection.Row]()
-    cached = min(inspection.CONTEXT if context is None else context, manifest.max_tokens)
+        _check(opened)
+    manifest, program, steps = opened.manifest, opened.program, list[Row]()
+    cached = min(CONTEXT if context is None else context, manifest.max_tokens)
+    if html is not None:
+        with replacing(html) as stream:
+            stream.write(page.render(opened, tokens, cached).encode())
+        console.say(f"{html} is written")
     hardware = manifest.engine.hardware
     if isinstance(program, SteppedProgram) and hardware:
-        steps = inspection.rows(program, hardware, tokens, cached)
+        steps = rows(program, hardware, tokens, cached)
     if as_json:
         whole = {"manifest": manifest.model_dump(), "program": program.model_dump(), "checked": check}
         console.print_json(whole | ({"steps": [asdict(step) for step in steps]} if steps else {}))
         return
     console.out.print(f"{manifest.engine.name}: {manifest.engine.summary}", markup=False)
     console.out.print(f"recipe {manifest.recipe.name}: {manifest.recipe.summary}", markup=False)
-    size = sum(record.size for record in manifest.files.values())
-    console.out.print(f"{len(manifest.files)} files, {size / 1e6:.1f} MB; up to {manifest.max_tokens} tokens")
+    console.out.print(contents.summary(opened))
     if isinstance(program, SteppedProgram):
         assert hardware is not None
-        for line in inspection.drawing(steps, program):
+        for line in drawing(steps, program):
             console.out.print(line, markup=False)
-        show([inspection.table(steps, hardware, tokens, cached)])
+        show([table(steps, hardware, tokens, cached)])
     else:
-        rows = []
-        for s in (segment for segments in (program.decoder, *program.mtp) for segment in segments):
-            window = sum(cache.window > 0 for cache in s.caches)
-            per_token = sum(cache.row_bytes for cache in s.caches if not cache.window)
-            caches = f"{len(s.caches) - window} full, {window} window"
-            rows.append(
-                (s.file, s.backend, caches, f"{s.bytes_per_token / 1e6:.1f}", f"{per_token / 1e3:.1f}")
-            )
-        columns = ("step", "back end", "caches", "MB read a token", "KV kB a token")
-        console.print_table("program", columns, rows)
+        show([contents.graphs(program)])
     for note in manifest.notes:
         console.out.print(f"note: {note}", markup=False)
     if check:
         console.say("every file has the digest it was built with")
+
+
+def _check(opened: Bundle) -> None:
+    """Read every byte.
+
+    Raises:
+        CorruptInputError: a file is not what was built.
+    """
+    from step35_trt.bundle import rebuild
+
+    with console.file_progress("checking") as progress:
+        damaged = opened.damaged(progress)
+    if damaged:
+        others = f" and {len(damaged) - 1} other files have" if len(damaged) > 1 else " has"
+        raise CorruptInputError(
+            f"{damaged[0]}{others} changed since the bundle was built",
+            rebuild(opened.directory, opened.manifest),
+        )
 
 
 @click.command()

@@ -152,7 +152,7 @@ def lines(label: str, x: Axis, y: Axis, series: Sequence[Line], level: Level | N
                 f'<circle class="{style}" cx="{across(point.x):.1f}" cy="{down(point.y):.1f}" r="3.2">'
                 f"<title>{escape(point.note)}</title></circle>"
             )
-    return _svg(label, HEIGHT, parts)
+    return svg(label, HEIGHT, parts)
 
 
 def _frame(x: Axis, y: Axis, across: Callable[[float], float], down: Callable[[float], float]) -> list[str]:
@@ -205,7 +205,7 @@ def bars(label: str, series: Sequence[Bar], length: float, limit: Level | None =
             f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP + 14}" y2="{height - GAP + 4}"/>'
             f'<text class="limit end" x="{WIDTH - RIGHT}" y="{height - 2}">{escape(limit.name)}</text>'
         )
-    return _svg(label, height + 4, parts)
+    return svg(label, height + 4, parts)
 
 
 def strips(label: str, series: Sequence[Bar], length: float) -> Markup:
@@ -223,10 +223,11 @@ def strips(label: str, series: Sequence[Bar], length: float) -> Markup:
                 f"<title>{escape(note)}</title></rect>"
             )
             at += wide
-    return _svg(label, TOP + len(series) * STRIP + 4, parts)
+    return svg(label, TOP + len(series) * STRIP + 4, parts)
 
 
-def _svg(label: str, height: float, parts: Sequence[str]) -> Markup:
+def svg(label: str, height: float, parts: Sequence[str]) -> Markup:
+    """A drawing of the common width from its elements; `label` says what it shows."""
     name = escape(label)
     head = f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{name}">'
     return Markup(head + "".join(parts) + "</svg>")

@@ -1,4 +1,4 @@
-"""What a GPU bundle executes, for people: a table of distinct steps, and the order they run in as a drawing.
+"""What a GPU bundle executes: a table of distinct steps, and the order they run in as a line.
 
 Times are at the roofline of the engine's hardware: bytes at its published bandwidth or operations at its
 published rate, whichever takes longer. Nothing here is measured.
@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from step35_trt.pages.table import Table
+from step35_trt.pages.table import Table, several
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from step35_trt.hardware import Hardware
+    from step35_trt.hardware import Arithmetic, Hardware
     from step35_trt.program import SteppedProgram
     from step35_trt.steps import Buffer, Step, StepProgram
 
@@ -27,9 +27,10 @@ class Row:
     """A step with its cost in one call.
 
     Attributes:
-        code: What the drawing calls it; equal for steps that run the same code on weights of the same forms.
+        code: What drawings call it; equal for steps that run the same code on weights of the same forms.
         graph: 'decoder' or 'mtp-k'.
         name: Of the step.
+        layer: Of the model; None for what lies outside the layers.
         kind: 'segment', a plugin, or a collective.
         shape: Of what it takes and gives.
         bytes: Read and written.
@@ -40,6 +41,7 @@ class Row:
     code: str
     graph: str
     name: str
+    layer: int | None
     kind: str
     shape: str
     bytes: float
@@ -52,7 +54,7 @@ def rows(program: SteppedProgram, hardware: Hardware, tokens: int, context: int)
     codes: dict[str, str] = {}
     counts: dict[str, int] = {}
     found = []
-    for graph, part in _graphs(program):
+    for graph, part in graphs(program):
         buffers = {buffer.name: buffer for buffer in part.buffers}
         for step in part.steps:
             kind, identity = _identity(step)
@@ -61,9 +63,10 @@ def rows(program: SteppedProgram, hardware: Hardware, tokens: int, context: int)
                 counts[letter] = counts.get(letter, 0) + 1
                 codes[identity] = f"{letter}{counts[letter]}"
             moved, work = step.cost.bytes(tokens, context), step.cost.flops(tokens, context)
-            seconds = max(moved / hardware.bandwidth, work / hardware.operations["bf16"])
+            seconds = max(moved / hardware.bandwidth, work / _rate(hardware)[1])
             shape = _shape(step, buffers)
-            found.append(Row(codes[identity], graph, step.name, kind, shape, moved, work, seconds))
+            row = Row(codes[identity], graph, step.name, _layer(step), kind, shape, moved, work, seconds)
+            found.append(row)
     return found
 
 
@@ -75,22 +78,34 @@ def table(found: Sequence[Row], hardware: Hardware, tokens: int, context: int) -
     lines = []
     for code, same in groups.items():
         first = same[0]
-        words = f"{code} {_place(first)}", first.kind, str(len(same)), first.shape
-        lines.append((*words, *_figures(same)))
-    lines.append(("all", "", str(len(found)), "", *_figures(found)))
+        words = f"{code} {place(first)}", first.kind, str(len(same))
+        lines.append((*words, *_figures(same), first.shape))
+    lines.append(("all", "", str(len(found)), *_figures(found), ""))
+    kind, rate = _rate(hardware)
     return Table(
-        f"steps, decoder and all MTP modules: {tokens} token{'s' * (tokens > 1)} after {context} positions",
-        ("step", "kind", "runs", "shape", "MB", "MFLOP", "µs at the roofline"),
+        f"steps, decoder and all MTP modules: {call(tokens, context)}",
+        ("step", "kind", "runs", "MB", "MFLOP", "µs at the roofline", "shape"),
         tuple(lines),
         f"projected: {hardware.name}, {hardware.bandwidth / 1e9:.0f} GB/s, "
-        f"{hardware.operations['bf16'] / 1e12:.0f} TFLOP/s in bf16; a step is named after its first run",
+        f"{rate / 1e12:.3g} TFLOP/s in {kind}; a step is named after its first run",
     )
+
+
+def _rate(hardware: Hardware) -> tuple[Arithmetic, float]:
+    """What products run at: in bf16, or in fp32 on a CPU without it."""
+    kind: Arithmetic = "bf16" if "bf16" in hardware.operations else "fp32"
+    return kind, hardware.operations[kind]
+
+
+def call(tokens: int, context: int) -> str:
+    """A call of one sequence, in words."""
+    return f"{several(tokens, 'token')} after {context} positions"
 
 
 def drawing(found: Sequence[Row], program: SteppedProgram) -> list[str]:
     """One line a graph: inputs, the steps' codes in order with what repeats drawn once, outputs."""
     lines = []
-    for graph, part in _graphs(program):
+    for graph, part in graphs(program):
         codes = folded([row.code for row in found if row.graph == graph])
         lines.append(f"{graph}: {', '.join(part.inputs)} → {codes} → {', '.join(part.outputs)}")
     return lines
@@ -117,7 +132,8 @@ def _repeats(codes: Sequence[str], start: int) -> Iterator[tuple[int, int]]:
         yield size, times
 
 
-def _graphs(program: SteppedProgram) -> list[tuple[str, StepProgram]]:
+def graphs(program: SteppedProgram) -> list[tuple[str, StepProgram]]:
+    """The decoder and the modules by the names that reports use."""
     return [("decoder", program.decoder), *((f"mtp-{k}", part) for k, part in enumerate(program.mtp))]
 
 
@@ -149,7 +165,12 @@ def _shape(step: Step, buffers: dict[str, Buffer]) -> str:
     return str(buffers[step.output].width)
 
 
-def _place(row: Row) -> str:
+def _layer(step: Step) -> int | None:
+    parts = step.name.split(".")
+    return int(parts[2]) if parts[1:2] == ["layers"] else None
+
+
+def place(row: Row) -> str:
     """Where in the model it is, without what its kind says already."""
     return row.name.removeprefix("model.").removesuffix(f".{row.kind}")
 
