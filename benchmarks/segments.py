@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RECIPES = ["int4-awq", "fp8", "bf16"]
 CAPABILITY = "12.1"
+MEMORY_BUDGET = 6e9
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -70,11 +71,12 @@ def _table(recipe: str, constants: bool) -> Table:
             f"{len(engine.data) / KIB:,.0f} KiB",
             f"{engine.seconds:.2f} s",
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB / 1e9
     table.title = (
         f"{recipe}, weights as {'constants' if constants else 'inputs'}, compute capability {CAPABILITY}\n"
         f"{len(made.segments)} engines for {len(steps)} segments: {size / MIB:,.1f} MiB in {seconds:.1f} s, "
-        f"{total / MIB:,.0f} MiB on disk\ntraced in {traced:.2f} s, peak RSS {peak:.2f} GiB"
+        f"{total / MIB:,.0f} MiB on disk\n"
+        f"traced in {traced:.2f} s, peak RSS {peak:.2f} GB (budget {MEMORY_BUDGET / 1e9:g})"
     )
     return table
 

@@ -28,6 +28,7 @@ def render(plan: Plan, source: str) -> str:
         "source": source,
         "heading": report.heading(plan),
         "verdict": report.verdict(plan),
+        "building": report.building(plan),
         "figures": figures(plan),
         "tables": report.tables(plan),
         "refusals": report.refusals(plan),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from step35_trt.build_estimate import estimate_build
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import UnsupportedError, UsageError
 from step35_trt.plan import coding
@@ -18,6 +19,7 @@ from step35_trt.resources import known
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from step35_trt.build_estimate import BuildEstimate
     from step35_trt.config import Step35Config
     from step35_trt.hardware import Hardware
     from step35_trt.plan.coding import Coder
@@ -88,7 +90,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything is a projection from the config and the engine spec; nothing was measured."""
+    """Everything is a projection from the config and the engine spec.
+
+    `build` is there for a GPU's engine, unless `not_built` says why this version makes none.
+    """
 
     config: Step35Config
     spec: EngineSpec
@@ -108,6 +113,8 @@ class Plan:
     speeds: tuple[Speed, ...]
     shares: Shares
     splits: tuple[Split, ...]
+    build: BuildEstimate | None
+    not_built: str
     assumptions: tuple[str, ...]
 
     @property
@@ -145,6 +152,7 @@ def make_plan(config: Step35Config, spec: EngineSpec, acceptance: Sequence[float
     _check_splits(spec, footprint.shares)
     limits = _limits(config, spec)
     memory = footprint.at(limits.context, limits.sequences, limits.drafts)
+    build, not_built = _build(config, spec)
     contexts = _contexts(config, KV_CONTEXTS)
     return Plan(
         config=config,
@@ -165,8 +173,20 @@ def make_plan(config: Step35Config, spec: EngineSpec, acceptance: Sequence[float
         speeds=_speeds(footprint, coder, acceptance),
         shares=footprint.shares,
         splits=possible_splits(config, SPLIT_RANKS, coder),
+        build=build,
+        not_built=not_built,
         assumptions=_assumptions(footprint, acceptance),
     )
+
+
+def _build(config: Step35Config, spec: EngineSpec) -> tuple[BuildEstimate | None, str]:
+    """What building it takes, or why it is not built."""
+    if spec.target in ("cpu", "torch"):
+        return None, ""
+    try:
+        return estimate_build(config, spec), ""
+    except UnsupportedError as error:
+        return None, error.message
 
 
 def most_sequences(footprint: Footprint, context: int, drafts: int) -> int:

@@ -11,6 +11,7 @@ from step35_trt.plan.parameters import MTP_GROUPS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from step35_trt.build_estimate import BuildEstimate
     from step35_trt.plan.parameters import GroupCount
     from step35_trt.plan.plan import Plan
     from step35_trt.plan.roofline import Step
@@ -43,7 +44,8 @@ def tables(plan: Plan) -> tuple[Table, ...]:
         title = f"The same at {_rate(hardware.reachable_bandwidth)}, which kernels have been seen to reach"
         speeds.append(_speed_table(plan, title, reachable=True))
     memory, rest = (_weights(plan), _memory(plan), _caches(plan)), (_splits(plan), _formats(plan))
-    return (*memory, *speeds, _steps(plan), *rest)
+    build = (_build(plan.build),) if plan.build else ()
+    return (*memory, *speeds, _steps(plan), *build, *rest)
 
 
 def refusals(plan: Plan) -> tuple[str, ...]:
@@ -86,10 +88,28 @@ def as_json(plan: Plan) -> dict[str, object]:
             }
             for speed in plan.speeds
         ],
+        "build": _build_json(plan),
         "splits": [asdict(split) for split in plan.splits],
         "shared": [asdict(split) for split in plan.shares.splits],
         "assumptions": list(plan.assumptions),
     }
+
+
+def building(plan: Plan) -> str:
+    """What a build takes, in a sentence; empty where that is not known."""
+    if plan.build:
+        ready = " before the target finishes it" if any(part.later for part in plan.build.parts) else ""
+        return (
+            f"Building it takes {plan.build.nbytes / GB:.1f} GB of disk and about {_time(plan.build.seconds)}"
+            f"{ready}, on {plan.build.machine} (projected)."
+        )
+    return f"This version does not build it: {plan.not_built}." if plan.not_built else ""
+
+
+def _build_json(plan: Plan) -> dict[str, object] | None:
+    if plan.build is None:
+        return {"refused": plan.not_built} if plan.not_built else None
+    return asdict(plan.build) | {"nbytes": plan.build.nbytes, "seconds": plan.build.seconds}
 
 
 def tokens(count: float) -> str:
@@ -196,6 +216,27 @@ def _steps(plan: Plan) -> Table:
         "bound",
     )
     return Table("What a device reads in a step without drafts", columns, tuple(rows))
+
+
+def _build(build: BuildEstimate) -> Table:
+    rows = []
+    for part in build.parts:
+        seconds = "on the target" if part.later else "not measured"
+        if part.seconds is not None:
+            seconds = _time(part.seconds)
+        count = "not known" if part.count is None else str(part.count)
+        rows.append((part.what, count, _gb(part.nbytes), seconds))
+    rows.append(("all", "", _gb(build.nbytes), _time(build.seconds)))
+    return Table(
+        "Disk and time of a build, projected",
+        ("what", "number", "GB", "time"),
+        tuple(rows),
+        f"From a quantised checkpoint, on {build.machine}; the rates are from {build.source}.",
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def bound(step: Step) -> str:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 def show(plan: Plan) -> None:
     """Print every table, what was refused, and what the figures rest on."""
-    for line in (f"{plan.spec.name}: {plan.spec.summary}", report.heading(plan), report.verdict(plan)):
-        console.out.print(line, markup=False)
+    summary = f"{plan.spec.name}: {plan.spec.summary}"
+    for line in (summary, report.heading(plan), report.verdict(plan), report.building(plan)):
+        if line:
+            console.out.print(line, markup=False)
     table.show(report.tables(plan))
     for title, lines in (("refused splits", report.refusals(plan)), ("this rests on", plan.assumptions)):
         if lines:
