@@ -67,7 +67,7 @@ def compare(directory: Path, reference: Session, ids: Sequence[int] | None = Non
     """
     bundle = Bundle.open(directory)
     tokens = _tokens(bundle, reference.config, ids)
-    if isinstance(bundle.program, SteppedProgram):
+    if _for_gpu(bundle):
         from step35_trt.interpret.stored import stored_session
 
         session: Session = stored_session(bundle)
@@ -100,7 +100,9 @@ class StepReport:
             )
         if found.unexplained:
             reason += f", and {found.unexplained} tokens go to other experts"
-        return f"{found.path} of {found.graph} is the first that is wrong: {reason}"
+        ranks = {finding.rank for finding in self.comparison.findings}
+        where = f"{found.graph} on rank {found.rank}" if len(ranks) > 1 else found.graph
+        return f"{found.path} of {where} is the first that is wrong: {reason}"
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
         """Columns and a row for each graph: what was compared and what is furthest off."""
@@ -142,7 +144,7 @@ def compare_program(directory: Path, checkpoint: Path, ids: Sequence[int] | None
         UnsupportedError: the bundle is of another model.
     """
     bundle = Bundle.open(directory)
-    if not isinstance(bundle.program, SteppedProgram):
+    if not _for_gpu(bundle):
         return None
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.gpu_weights import as_kernels_scale, deployed_forms, not_quantised
@@ -159,6 +161,11 @@ def compare_program(directory: Path, checkpoint: Path, ids: Sequence[int] | None
     calls = np.split(tokens, [len(tokens) - 5, len(tokens) - 4]) if len(tokens) > 5 else [tokens]
     found = compare_steps(stored_session(bundle), wanted, calls)
     return StepReport(bundle.manifest.recipe.name, len(tokens), found)
+
+
+def _for_gpu(bundle: Bundle) -> bool:
+    """Whether a bundle's program was compiled, and only an interpreter runs it here."""
+    return isinstance(bundle.program, SteppedProgram) and bundle.manifest.engine.target != "torch"
 
 
 def _tokens(bundle: Bundle, config: Step35Config, ids: Sequence[int] | None) -> NDArray[np.int64]:

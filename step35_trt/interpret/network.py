@@ -51,6 +51,7 @@ def evaluate(
         UnsupportedError: an input is missing or of another type or shape, or a kind of layer is not known.
     """
     values: dict[str, Array] = {}
+    last = _last_uses(network)
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         if tensor.name not in inputs:
@@ -72,7 +73,24 @@ def evaluate(
             values[result.name] = np.asarray(run(layer, *operands)).astype(
                 TYPES[result.dtype.name], copy=False
             )
+        del operands
+        for name in last.get(i, ()):
+            del values[name]
     return {(name := network.get_output(i).name): values[name] for i in range(network.num_outputs)}
+
+
+def _last_uses(network: Any) -> dict[int, set[str]]:
+    """What each layer is the last to take, outputs apart: weights are large once they are widened."""
+    users: dict[str, int] = {}
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        users |= {layer.get_input(j).name: i for j in range(layer.num_inputs)}
+    given = {network.get_output(i).name for i in range(network.num_outputs)}
+    found: dict[int, set[str]] = {}
+    for name, i in users.items():
+        if name not in given:
+            found.setdefault(i, set()).add(name)
+    return found
 
 
 def _given(tensor: Any, value: Array) -> Array:
@@ -144,9 +162,11 @@ def _dequantize(layer: Any, values: Array, scales: Array) -> Array:
         shape = [1] * wide.ndim
         shape[layer.axis] = -1
         return wide * factors.reshape(shape)
-    for axis in range(wide.ndim):
-        factors = factors.repeat(wide.shape[axis] // factors.shape[axis], axis)
-    return wide * factors
+    # Blocks get axes of their own, so that the factors are nowhere as large as the values.
+    edges = [n // blocks for n, blocks in zip(wide.shape, factors.shape, strict=True)]
+    blocked = wide.reshape([size for pair in zip(factors.shape, edges, strict=True) for size in pair])
+    spread = factors.reshape([size for blocks in factors.shape for size in (blocks, 1)])
+    return (blocked * spread).reshape(wide.shape)
 
 
 # A kind of layer: its class in TensorRT, and what it computes before the result is rounded.

@@ -1,24 +1,26 @@
-"""A GPU bundle on the CPU: its program, over networks written anew, with the weights of its files."""
+"""A GPU bundle on the CPU: its programs, over networks written anew, with the weights of its files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from step35_trt.deployment import Deployment
 from step35_trt.dialects.tensorrt_segment import Builder
-from step35_trt.errors import CorruptInputError
-from step35_trt.gpu_weights import StoredWeights, deployed_forms
+from step35_trt.gpu_weights import StoredWeights
 from step35_trt.interpret.executor import Executor
+from step35_trt.interpret.ranks import Meeting, RankedSession
 from step35_trt.interpret.session import InterpretedSession
 from step35_trt.interpret.weights import FormedWeights
-from step35_trt.lower import ModelPrograms
 from step35_trt.program import SteppedProgram
 
 if TYPE_CHECKING:
     from step35_trt.bundle import Bundle
 
 
-def stored_session(bundle: Bundle) -> InterpretedSession:
+def stored_session(bundle: Bundle) -> RankedSession:
     """The session of an opened GPU bundle; its engines and kernels are not run but what they were made of.
+
+    So a bundle whose segments are still to be compiled is no different here.
 
     Raises:
         UnsupportedError: TensorRT-RTX, which writes the networks, is not installed.
@@ -26,15 +28,17 @@ def stored_session(bundle: Bundle) -> InterpretedSession:
     """
     program = bundle.program
     assert isinstance(program, SteppedProgram)
-    forms, experts = deployed_forms(bundle.manifest.recipe, bundle.config)
-    made, builder = ModelPrograms.of(bundle.config, forms), Builder.rtx()
-    if made.segments.keys() != program.segments.keys() or experts != program.experts:
-        raise CorruptInputError(
-            f"the program of {bundle.directory} is not what its model and recipe make with this version",
-            "Build it again with this version, or verify it with the one that built it.",
-        )
-    networks = {key: builder.write(segment, forms) for key, segment in made.segments.items()}
-    stored = StoredWeights(bundle.directory, program.weights, program.experts)
-    weights = FormedWeights(stored.read, forms)
+    made, builder = Deployment.of_bundle(bundle), Builder.rtx()
+    own = made.programs.forms
+    networks = {key: builder.write(segment, own) for key, segment in made.programs.segments.items()}
     chunk = min(bundle.manifest.engine.prefill_chunk, bundle.manifest.max_tokens)
-    return InterpretedSession(bundle.config, Executor(networks, weights), program.decoder, program.mtp, chunk)
+    meeting = Meeting(program.ranks)
+
+    def session(rank: int) -> InterpretedSession:
+        places, sharing = program.places(rank), made.sharing
+        stored = StoredWeights(bundle.directory, places, program.experts, sharing, rank)
+        weights = FormedWeights(stored.read, made.forms, sharing, rank)
+        executor = Executor(networks, weights, meeting.exchange(rank))
+        return InterpretedSession(bundle.config, executor, program.decoder, program.mtp, chunk)
+
+    return RankedSession(tuple(session(rank) for rank in range(program.ranks)), meeting)

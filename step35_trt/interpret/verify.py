@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from step35_trt.config import Step35Config
     from step35_trt.interpret.network import Array
-    from step35_trt.interpret.session import InterpretedSession
+    from step35_trt.interpret.ranks import RankedSession
     from step35_trt.interpret.weights import FormedWeights
     from step35_trt.runtime.session import Ids
     from step35_trt.steps import Buffer, KernelStep, StepProgram
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # How far a value may be from the definition's, as the length of the difference by the value's: over all rows,
 # and in a row. Rounding that falls the other way once within a segment moves most of a row by a unit or two.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (1e-3, 2.0**-5)}
+# Times the first of those for a sum over ranks, twice the second: each rank rounds its summand, up to twice,
+# and the sum is rounded again, so that most elements are off by a unit and not few.
+SUMMED = 8
 # How far an element may be off by rounding alone, as a share of it: half a unit for each of two results.
 ROUNDING = {"float32": 2.0**-22, "bfloat16": 2.0**-8}
 
@@ -42,6 +45,7 @@ class Finding:
 
     Attributes:
         graph: 'decoder' or 'mtp-k'.
+        rank: Whose step.
         name: Of the buffer.
         path: The module of the model whose result it is.
         limits: Of `error` and of `worst_row`.
@@ -51,6 +55,7 @@ class Finding:
     """
 
     graph: str
+    rank: int
     name: str
     path: str
     limits: tuple[float, float]
@@ -98,19 +103,22 @@ class Comparison:
         return max(self.findings, key=lambda finding: finding.error / finding.limits[0])
 
 
-def compare_steps(session: InterpretedSession, reference: FormedWeights, calls: Sequence[Ids]) -> Comparison:
+def compare_steps(session: RankedSession, reference: FormedWeights, calls: Sequence[Ids]) -> Comparison:
     """Run calls of one sequence through decoder and MTP modules, step by step beside the definition.
+
+    Of what a rank has but a summand, the sum is judged; of what it has some features, those.
 
     Args:
         session: What is judged.
-        reference: What the definition computes with: the same weights in the same forms.
+        reference: What the definition computes with: the same weights in the same forms, whole.
         calls: Token ids of each call: a prompt in chunks, then single tokens, or drafts to verify.
     """
-    graphs = [("decoder", session.decoder), *((f"mtp-{k}", p) for k, p in enumerate(session.mtp))]
-    findings: dict[str, dict[str, Finding]] = {name: {} for name, _ in graphs}
-    caches: dict[str, tuple[dict[int, LayerCache], dict[int, LayerCache]]] = {
-        name: ({}, {}) for name, _ in graphs
-    }
+    ranks = range(len(session.ranks))
+    one = session.ranks[0]
+    graphs = [("decoder", one.decoder), *((f"mtp-{k}", p) for k, p in enumerate(one.mtp))]
+    findings: dict[str, list[dict[str, Finding]]] = {name: [{} for _ in ranks] for name, _ in graphs}
+    # The definition's caches and each rank's.
+    caches: dict[str, list[dict[int, LayerCache]]] = {name: [{} for _ in (-1, *ranks)] for name, _ in graphs}
     past = 0
     for ids in calls:
         carried: Array | None = None
@@ -119,13 +127,31 @@ def compare_steps(session: InterpretedSession, reference: FormedWeights, calls: 
             inputs: dict[str, Array] = {"token_ids": ids, "rows": np.arange(len(ids))}
             if carried is not None:
                 inputs["carried"] = carried
-            wanted, own = (SequenceBatch((len(ids),), (past,), (cache,)) for cache in caches[graph])
-            values = reference_values(session.config, reference, module, inputs, wanted)
-            judge = _Judge.of(graph, program, values, reference, findings[graph])
-            session.executor.run(program, inputs, own, judge.settle)
-            carried = judge.wanted(program.outputs["hidden"])
+            wanted, *own = (SequenceBatch((len(ids),), (past,), (cache,)) for cache in caches[graph])
+            values = reference_values(one.config, reference, module, inputs, wanted)
+            judges = [
+                _Judge.of(graph, rank, program, values, reference, findings[graph][rank]) for rank in ranks
+            ]
+            _run(session, program, inputs, own, judges)
+            carried = judges[0].wanted(program.outputs["hidden"])
         past += len(ids)
-    return Comparison(tuple(finding for graph in findings.values() for finding in graph.values()))
+    in_order = ((graph, name) for graph, by_rank in findings.items() for name in by_rank[0])
+    return Comparison(tuple(rank[name] for graph, name in in_order for rank in findings[graph]))
+
+
+def _run(
+    session: RankedSession,
+    program: StepProgram,
+    inputs: Mapping[str, Array],
+    batches: Sequence[SequenceBatch],
+    judges: Sequence[_Judge],
+) -> None:
+    """One call on all ranks."""
+
+    def on(rank: int) -> None:
+        session.ranks[rank].executor.run(program, inputs, batches[rank], judges[rank].settle)
+
+    session.meeting.all(on)
 
 
 def reference_values(
@@ -175,17 +201,20 @@ class _Judge:
     """Compares what a program's steps make with the definition's `values`, and lets it go on with those."""
 
     graph: str
+    rank: int
     program: StepProgram
     values: list[Array]
     weights: FormedWeights
     findings: dict[str, Finding]
     routers: dict[str, KernelStep]
+    sums: frozenset[str]
     buffers: dict[str, Buffer]
 
     @classmethod
     def of(
         cls,
         graph: str,
+        rank: int,
         program: StepProgram,
         values: list[Array],
         weights: FormedWeights,
@@ -197,17 +226,29 @@ class _Judge:
             if step.kind == "kernel" and step.call.plugin == "sparse_moe"
         }
         buffers = {buffer.name: buffer for buffer in program.buffers}
-        return cls(graph, program, values, weights, findings, routers, buffers)
+        sums = frozenset(
+            step.output
+            for step in program.steps
+            if step.kind == "collective" and step.operation == "all_reduce"
+        )
+        return cls(graph, rank, program, values, weights, findings, routers, sums, buffers)
 
     def wanted(self, buffer: str) -> Array:
-        """The definition's value of a buffer."""
-        return self.values[self.buffers[buffer].value]
+        """The definition's value of a buffer, or the rank's features of it."""
+        found = self.buffers[buffer]
+        value = self.values[found.value]
+        if found.share == "slice":
+            return value[..., self.rank * found.width : (self.rank + 1) * found.width]
+        return value
 
     def settle(self, buffer: Buffer, made: Array) -> Array:
         """See `Executor.run`."""
-        limits = TOLERANCES[self.program.activation]
-        finding = self.findings.setdefault(buffer.name, Finding(self.graph, buffer.name, buffer.path, limits))
-        wanted = self.values[buffer.value]
+        if buffer.share == "summand":
+            return made
+        error, row = TOLERANCES[self.program.activation]
+        limits = (SUMMED * error, 2 * row) if buffer.name in self.sums else (error, row)
+        new = Finding(self.graph, self.rank, buffer.name, buffer.path, limits)
+        finding, wanted = self.findings.setdefault(buffer.name, new), self.wanted(buffer.name)
         finding.count(made, wanted)
         if buffer.name in self.routers:
             turned, counted = self._routing(self.routers[buffer.name], made, wanted)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from step35_trt.interpret.ranks import RankedSession
 from step35_trt.interpret.verify import compare_steps, routing_flips
 from step35_trt.resources import NANO
 from step35_trt.steps import GatedAttention, KernelStep, SegmentStep, StepProgram, WeightBinding
@@ -37,7 +38,9 @@ def nano(recipe: str) -> InterpretedSession:
 def test_nano_passes(recipe: str) -> None:
     """Prefill beyond the window, single tokens, and drafts to verify: 1e-5 in fp32, 1e-3 in bf16."""
     session = nano(recipe)
-    comparison = compare_steps(session, session.executor.weights, calls(session, 72, 1, 4))
+    comparison = compare_steps(
+        RankedSession.alone(session), session.executor.weights, calls(session, 72, 1, 4)
+    )
     assert comparison.first_off is None
     assert {finding.graph for finding in comparison.findings} == {"decoder", "mtp-0", "mtp-1", "mtp-2"}
     programs = [session.decoder, *session.mtp]
@@ -166,7 +169,9 @@ def test_a_broken_layer_is_named(
     name: str,
 ) -> None:
     session = interpreted(square, recipe)
-    comparison = compare_steps(broken(session), session.executor.weights, calls(session, 20, 4))
+    comparison = compare_steps(
+        RankedSession.alone(broken(session)), session.executor.weights, calls(session, 20, 4)
+    )
     found = comparison.first_off
     assert found is not None
     assert (found.graph, found.path) == (graph, path)
@@ -193,6 +198,6 @@ def test_a_nan_does_not_pass() -> None:
     broken = with_weight(
         session, "model.layers.2.self_attn.g_proj.weight", lambda values: np.full_like(values, np.nan)
     )
-    found = compare_steps(broken, session.executor.weights, calls(session, 4)).first_off
+    found = compare_steps(RankedSession.alone(broken), session.executor.weights, calls(session, 4)).first_off
     assert found is not None
     assert found.name == "model.layers.2.self_attn.g_proj"
