@@ -13,16 +13,22 @@ import numpy as np
 import onnx_ir as ir
 
 from step35_trt import bundle
-from step35_trt.build_steps import BuildStep, bytes_step, tokenizer_steps, weights_step
-from step35_trt.bundle import KERNELS, MANIFEST, PROGRAM, SCHEMA, Manifest
+from step35_trt.build_steps import (
+    BuildStep,
+    Contents,
+    bytes_step,
+    report_steps,
+    tokenizer_steps,
+    weights_step,
+)
+from step35_trt.bundle import KERNELS, PROGRAM, SCHEMA, Manifest
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.cpu_library import compile_library
 from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
 from step35_trt.dialects.onnx_cpu import CpuSpelling
-from step35_trt.dialects.onnx_graph import OURS, GraphWriter
 from step35_trt.dialects.onnx_ort import OrtSpelling
-from step35_trt.errors import CorruptInputError, Step35Error, UnsupportedError, UsageError
-from step35_trt.journal import staged
+from step35_trt.errors import CorruptInputError, Step35Error, UsageError
+from step35_trt.journal import check_room, staged
 from step35_trt.program import Program, Segment
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.weight_store import WeightStore
@@ -31,15 +37,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from step35_trt.build_steps import Progress
     from step35_trt.config import Step35Config
+    from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.engine import EngineSpec, Target
     from step35_trt.journal import Journal
+    from step35_trt.progress import Progress
     from step35_trt.quantize.run import Job
 
 
-def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | None = None) -> bool:
+def build(
+    checkpoint: Path,
+    out: Path,
+    spec: EngineSpec,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
     """Build a bundle; an interrupted build goes on where it stopped.
+
+    Args:
+        checkpoint: A directory.
+        out: The bundle to be.
+        spec: What it is for.
+        progress: Told how far it is.
+        say: Told what is about to be made, where that is known.
 
     Returns:
         False where the very same bundle was there already.
@@ -53,11 +73,18 @@ def build(checkpoint: Path, out: Path, spec: EngineSpec, progress: Progress | No
     plan = _Plan.make(source, recipe, spec)
     if _is_there(out, plan.key):
         return False
+    _announce(out, plan.contents, say)
     _write(out, plan.key, plan.steps, progress, plan.write_manifest)
     return True
 
 
-def build_quantized(job: Job, out: Path, spec: EngineSpec, progress: Progress | None = None) -> bool:
+def build_quantized(
+    job: Job,
+    out: Path,
+    spec: EngineSpec,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
     """Quantise a checkpoint and build a bundle of the result, which lies beside the bundle until then.
 
     Either half goes on where it stopped. Returns and raises as `build` does.
@@ -67,7 +94,19 @@ def build_quantized(job: Job, out: Path, spec: EngineSpec, progress: Progress | 
     there = _is_there(out, key)
     if not there:
         check_modules_differ(job.source)
+        if spec.target != "cpu":
+            from step35_trt.build_estimate import estimate_build
+
+            expected = estimate_build(job.source.config, spec)
+            say(expected.sentence)
+            # What is quantised lies beside the bundle until that is whole, and is as large.
+            check_room(bundle.staging(out), 2 * expected.nbytes, between, bundle.staging(between))
         job.run(between, progress)
+        if job.token_ids is not None:
+            # What calibrating has measured is there; a report of it costs nothing more.
+            from step35_trt.quantize.report.write import write_report
+
+            write_report(job, between, None, progress)
         plan = _Plan.make(Checkpoint.open(between), recipe, spec, job)
         _write(out, key, plan.steps, progress, plan.write_manifest)
     shutil.rmtree(between, ignore_errors=True)
@@ -95,6 +134,18 @@ def export_onnx(
         lambda _stage, _journal: None,
     )
     return [step.file for step in steps]
+
+
+def _announce(out: Path, contents: Contents, say: Callable[[str], None]) -> None:
+    """Say what is about to be made.
+
+    Raises:
+        DoesNotFitError: the disk has no room for it; nothing was written yet.
+    """
+    if contents.sentence:
+        say(contents.sentence)
+    if contents.expected_bytes:
+        check_room(bundle.staging(out), contents.expected_bytes)
 
 
 def _write(
@@ -151,28 +202,27 @@ class _Plan:
     source: Checkpoint
     recipe: Recipe
     spec: EngineSpec
+    contents: Contents
     steps: tuple[BuildStep, ...]
-    notes: tuple[str, ...]
     key: str
     quantized: Recipe | None
 
     @classmethod
     def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec, job: Job | None = None) -> _Plan:
         if spec.target == "cpu":
-            steps, notes = _cpu_steps(source, recipe)
-        elif spec.target == "tensorrt-rtx":
-            from step35_trt.build_tensorrt import tensorrt_steps
+            contents = _cpu_contents(source, recipe)
+        elif spec.target == "torch":
+            from step35_trt.build_torch import torch_contents
 
-            steps, notes = tensorrt_steps(source, recipe, spec)
+            contents = torch_contents(source, recipe, spec)
         else:
-            raise UnsupportedError(
-                f"engine {spec.name} is for {spec.target}, which this version plans but does not build",
-                f"step35-trt plan CHECKPOINT --engine {spec.name}",
-            )
-        steps += tokenizer_steps(source.directory)
+            from step35_trt.build_tensorrt import gpu_contents
+
+            contents = gpu_contents(source, recipe, spec)
+        steps = (*contents.steps, *tokenizer_steps(source.directory), *report_steps(source.directory))
         identity: list[object] = [job.key] if job else source.identity()
         key = _key(identity, recipe, spec.model_dump_json(), spec.target)
-        return cls(source, recipe, spec, tuple(steps), notes, key, job.recipe if job else None)
+        return cls(source, recipe, spec, contents, steps, key, job.recipe if job else None)
 
     def write_manifest(self, stage: Path, journal: Journal) -> None:
         config = self.source.config
@@ -180,31 +230,28 @@ class _Plan:
         manifest = Manifest(
             schema_version=SCHEMA,
             key=self.key,
-            versions=bundle.versions(self.spec.target),
+            versions=bundle.build_versions(self.spec.target),
             engine=self.spec,
             recipe=self.recipe,
             quantized=self.quantized,
             max_tokens=min(self.spec.max_tokens or limit, limit),
-            notes=self.notes,
+            notes=self.contents.notes,
             files={step.file: journal.records[step.file] for step in self.steps},
             model=json.loads((self.source.directory / "config.json").read_text(encoding="utf-8")),
+            unfinished=self.contents.unfinished,
         )
-        path = stage / MANIFEST
-        path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        bundle.sync(path)
+        manifest.write(stage)
 
 
-def _cpu_steps(source: Checkpoint, recipe: Recipe) -> tuple[list[BuildStep], tuple[str, ...]]:
-    """Every file but the manifest and the tokenizer, and the manifest's notes."""
-    spelling = CpuSpelling() if recipe.activations == "int8" else OrtSpelling(int8_activations=False)
+def _cpu_contents(source: Checkpoint, recipe: Recipe) -> Contents:
+    """Every file but the manifest and the tokenizer."""
+    spelling = CpuSpelling(OrtSpelling(int8_activations=recipe.activations == "int8"))
     store = WeightStore(source, recipe, spelling.layout)
     graphs = _graphs(source.config, store, spelling)
-    ours = any(OURS in graph.domains for graph in graphs.values())
-    library = f"{KERNELS}/step35-cpu-{platform.machine()}.so" if ours else None
+    library = f"{KERNELS}/step35-cpu-{platform.machine()}.so"
     # A missing compiler is better said before the long part.
-    steps = [_library_step(library)] if library else []
-    steps += _model_steps(source.config, store, graphs, library)
-    return steps, _notes(source.config, graphs, store)
+    steps = [_library_step(library), *_model_steps(source.config, store, graphs, library)]
+    return Contents(tuple(steps), _notes(source.config, graphs, store))
 
 
 def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dict[str, GraphWriter]:
@@ -271,7 +318,7 @@ def _graph_step(name: str, graph: GraphWriter) -> BuildStep:
 
 def _key(source: list[object], recipe: Recipe, spelling: str, target: Target) -> str:
     """What the result depends on, without reading the weights: an interrupted build resumes only its own."""
-    parts = [bundle.versions(target), recipe.model_dump(mode="json"), spelling, source]
+    parts = [SCHEMA, bundle.build_versions(target), recipe.model_dump(mode="json"), spelling, source]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from step35_trt.bundle import TOKENIZER
+from step35_trt.bundle import REPORTS, TOKENIZER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from step35_trt.weight_file import WeightFile
@@ -21,9 +21,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-# Called with the bytes written, the bytes in all and what is being written.
-Progress = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class BuildStep:
@@ -32,6 +29,25 @@ class BuildStep:
     file: str
     nbytes: int
     write: Callable[[Path], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Every file of a bundle but the manifest and the tokenizer, before the first byte is written.
+
+    Attributes:
+        steps: In the order in which they are written.
+        notes: The manifest's.
+        unfinished: Files that are made on the target.
+        expected_bytes: Disk that all files take, those made on the target included, where that is known.
+        sentence: What is said before the build; empty where nothing is.
+    """
+
+    steps: tuple[BuildStep, ...]
+    notes: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
+    expected_bytes: int = 0
+    sentence: str = ""
 
 
 def bytes_step(name: str, content: bytes) -> BuildStep:
@@ -71,3 +87,9 @@ def tokenizer_steps(checkpoint: Path) -> list[BuildStep]:
         for name in TOKENIZER_FILES
         if (checkpoint / name).is_file()
     ]
+
+
+def report_steps(checkpoint: Path) -> list[BuildStep]:
+    """What a quantised checkpoint has of reports."""
+    files = sorted(path for path in (checkpoint / REPORTS).glob("*") if path.is_file())
+    return [bytes_step(f"{REPORTS}/{path.name}", path.read_bytes()) for path in files]

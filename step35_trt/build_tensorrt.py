@@ -1,34 +1,36 @@
-"""The files of a bundle for TensorRT-RTX: segments compiled without the GPU, kernels, packed weights."""
+"""The files of a bundle for a GPU, made without it: kernels, packed weights, and segments where that can be.
+
+TensorRT-RTX compiles segments for a GPU that is not here. Full TensorRT builds only where it runs: there a
+bundle is sealed with all the rest, and `finish.py` compiles its segments on the target.
+"""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING
 
-from step35_trt.build_steps import BuildStep, bytes_step, made_step, weights_step
+from step35_trt.build_estimate import RATES, BuildRates, estimate
+from step35_trt.build_steps import BuildStep, Contents, bytes_step, made_step, weights_step
 from step35_trt.bundle import KERNELS, PROGRAM, SEGMENTS
-from step35_trt.errors import UnsupportedError, UsageError
-from step35_trt.gpu_weights import GpuWeights, deployed_forms, not_quantised
+from step35_trt.deployment import Deployment
+from step35_trt.errors import UnsupportedError
+from step35_trt.gpu_weights import GpuWeights, Packing, not_quantised
 from step35_trt.kernels.artefact import digest
-from step35_trt.kernels.catalogue import deployment
 from step35_trt.kernels.compile import compile_kernels
-from step35_trt.kernels.targets import gpu_target
-from step35_trt.lower import ModelPrograms
 from step35_trt.program import KernelFile, SteppedProgram, TokenRange
+from step35_trt.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from step35_trt.checkpoint import Checkpoint
-    from step35_trt.config import Step35Config
-    from step35_trt.dialects.tensorrt_segment import Builder, Profile
+    from step35_trt.dialects.tensorrt_segment import Builder
     from step35_trt.engine import EngineSpec
     from step35_trt.kernels.artefact import CompiledKernel
     from step35_trt.kernels.targets import GpuTarget
     from step35_trt.kernels.variant import KernelVariant
-    from step35_trt.program import ExpertFormat
+    from step35_trt.progress import Progress
     from step35_trt.quantize.recipe import Recipe
-    from step35_trt.segments import Segment
     from step35_trt.weight_forms import Forms
 
 UNPROVEN = (
@@ -39,52 +41,73 @@ NOT_REPRODUCED = (
     "segments/*.engine: TensorRT-RTX writes a few bytes of them anew in each build; all other files are "
     "reproducible"
 )
-PAGES = ("bf16", "fp8")  # what attention kernels take keys and values in, as variants are named
+FINISHED_THERE = (
+    "segments/*.engine are compiled on the target: TensorRT times kernels there and takes the fastest, so "
+    "two machines need not make the same bytes"
+)
+WIDENED = (
+    "FP8 weights are dequantised in front of their products, which take bf16 activations (W8A16): the "
+    "recipe's FP8 activations are not used"
+)
+DEALT = (
+    "kernels of the experts are compiled for those that a rank holds: ids are counted from the rank's first, "
+    "and what other ranks hold has weight 0"
+)
 
 
-def tensorrt_steps(
-    source: Checkpoint, recipe: Recipe, spec: EngineSpec
-) -> tuple[list[BuildStep], tuple[str, ...]]:
-    """Every file but the manifest and the tokenizer, and the manifest's notes; nothing is compiled yet.
+def gpu_contents(source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> Contents:
+    """Every file but the manifest and the tokenizer; nothing is compiled yet.
 
     Raises:
         UnsupportedError: TensorRT-RTX or the kernels' compiler is missing, or the checkpoint is not quantised
-            as the engine wants it.
+            as the engine wants it, or the devices cannot share the model as it wants.
         UsageError: the engine does not say what GPU it is for.
     """
-    from step35_trt.dialects.tensorrt_segment import Builder, profiles
-
-    if spec.hardware is None or spec.hardware.compute_capability is None:
-        raise UsageError(
-            f"engine {spec.name} names no GPU", "Give its file a line such as hardware: dgx-spark."
-        )
-    if spec.devices > 1:
+    if spec.target == "tensorrt-rtx" and spec.devices > 1:
         raise UnsupportedError(f"engine {spec.name} is for {spec.devices} devices; TensorRT-RTX runs on one")
-    capability = spec.hardware.compute_capability
-    forms, experts = deployed_forms(recipe, source.config)
-    _check_quantised(source, forms, spec)
-    builder = Builder.rtx()
-    made = ModelPrograms.of(source.config, forms)
-    ranges = profiles(spec.max_sequences, spec.draft_tokens, spec.prefill_chunk)
+    deployment = Deployment.of(source.config, recipe, spec)
+    _check_quantised(source, deployment.forms, spec)
+    made, sharing, variants = deployment.programs, deployment.sharing, deployment.kernels()
+    packing = Packing(source, deployment.forms, deployment.experts, sharing)
+    weights = GpuWeights(deployment.forms, deployment.experts, sharing, packing)
     segments = {key: f"{SEGMENTS}/{key}.engine" for key in made.segments}
-    target = gpu_target("sm_" + capability.replace(".", ""))
-    variants = _needed(source.config, recipe, target, frozenset(experts.values()))
-    weights = GpuWeights(source, forms, experts)
     program = SteppedProgram(
         decoder=made.decoder,
         mtp=made.mtp,
-        ranges=tuple(TokenRange(least=r.least, mostly=r.mostly, most=r.most) for r in ranges),
+        ranges=tuple(TokenRange(least=r.least, mostly=r.mostly, most=r.most) for r in deployment.ranges),
         segments=segments,
         kernels=tuple(map(_kernel_file, variants)),
         weights=weights.places,
-        experts=experts,
+        experts=dict(deployment.experts),
+        ranks=sharing.ranks,
+        ways=dict(sharing.ways),
+        shares=weights.shares if sharing.ranks > 1 else (),
     )
-    steps = _kernel_steps(variants, target)
-    for key, file in segments.items():
-        steps.append(_segment_step(file, builder, made.segments[key], forms, ranges, capability))
+    steps = _kernel_steps(variants, deployment.target)
+    later: tuple[str, ...] = ()
+    if spec.target == "tensorrt-rtx":
+        from step35_trt.dialects.tensorrt_segment import Builder
+
+        builder = Builder.rtx()
+        steps += [_segment_step(file, builder, deployment, key) for key, file in segments.items()]
+    else:
+        later = tuple(segments.values())
     steps += map(weights_step, weights.files.values())
     steps.append(bytes_step(PROGRAM, program.model_dump_json().encode()))
-    return steps, _notes(forms, experts)
+    expected = estimate(deployment, spec, BuildRates.load(RATES))
+    notes = _notes(deployment, spec)
+    return Contents(tuple(steps), notes, later, expected.nbytes, expected.sentence)
+
+
+def compile_segment(deployment: Deployment, key: str, builder: Builder, progress: Progress = silent) -> bytes:
+    """The engine of a segment of an engine's programs.
+
+    Raises:
+        UnsupportedError: this TensorRT cannot build it.
+        KeyboardInterrupt: the user ended it.
+    """
+    written = builder.write(deployment.programs.segments[key], deployment.programs.forms)
+    return builder.build(written, deployment.ranges, deployment.capability, progress).data
 
 
 def _check_quantised(source: Checkpoint, forms: Forms, spec: EngineSpec) -> None:
@@ -96,24 +119,6 @@ def _check_quantised(source: Checkpoint, forms: Forms, spec: EngineSpec) -> None
             f"Quantise it on the way with build-engine --recipe {spec.recipe}, or before with: "
             f"step35-trt quantize {source.directory} -o DIR --recipe {spec.recipe}",
         )
-
-
-def _needed(
-    config: Step35Config, recipe: Recipe, target: GpuTarget, formats: frozenset[str]
-) -> list[KernelVariant]:
-    """The kernels that the experts' formats and the recipe's cache ask for."""
-    if recipe.kv_cache not in PAGES:
-        raise UnsupportedError(
-            f"recipe {recipe.name} keeps keys and values in {recipe.kv_cache}, which no kernel takes",
-            f"GPU kernels know {', '.join(PAGES)}.",
-        )
-    others = {kind for kind in PAGES if kind != recipe.kv_cache}
-    return [
-        variant
-        for variant in deployment(config, target)
-        if variant.constants.get("FORMAT") in (None, *formats)
-        and not (variant.plugin == "gated_attention" and others & set(variant.name.split("-")))
-    ]
 
 
 def _stem(variant: KernelVariant) -> str:
@@ -154,26 +159,24 @@ def _kernel_steps(variants: Sequence[KernelVariant], target: GpuTarget) -> list[
     return steps
 
 
-def _segment_step(
-    file: str,
-    builder: Builder,
-    segment: Segment,
-    forms: Forms,
-    ranges: tuple[Profile, ...],
-    capability: str,
-) -> BuildStep:
-    return made_step(file, lambda: builder.build(builder.write(segment, forms), ranges, capability).data)
+def _segment_step(file: str, builder: Builder, deployment: Deployment, key: str) -> BuildStep:
+    return made_step(file, lambda: compile_segment(deployment, key, builder))
 
 
-def _notes(forms: Forms, experts: Mapping[str, ExpertFormat]) -> tuple[str, ...]:
+def _notes(deployment: Deployment, spec: EngineSpec) -> tuple[str, ...]:
+    forms = deployment.forms
     plain = [
         prefix
-        for prefix, kind in experts.items()
+        for prefix, kind in deployment.experts.items()
         if kind == "bf16" and forms.shapes[f"{prefix}.down_proj.weight"][-1] % 128
     ]
-    notes = [UNPROVEN, NOT_REPRODUCED]
+    notes = [UNPROVEN, NOT_REPRODUCED if spec.target == "tensorrt-rtx" else FINISHED_THERE]
+    if deployment.recipe.activations == "fp8":
+        notes.append(WIDENED)
     if plain:
         notes.append(
             f"experts of {', '.join(plain)} are in bf16: kernels take int4 only in groups of 128 features"
         )
+    if deployment.sharing.ways.get("routed experts") == "expert":
+        notes.append(DEALT)
     return tuple(notes)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from step35_trt.hardware import Hardware
 from step35_trt.resources import load_yaml
 
-Target = Literal["cpu", "tensorrt-rtx", "tensorrt"]
+Target = Literal["cpu", "torch", "tensorrt-rtx", "tensorrt"]
 
 
 class Parallelism(BaseModel):

@@ -47,3 +47,7 @@ class CorruptInputError(Step35Error):
     """A checkpoint or bundle is damaged, incomplete or contradicts itself."""
 
     exit_code = 6
+
+
+class RankLostError(Step35Error):
+    """A process of those that run a model together has ended, or does not answer."""

@@ -2,13 +2,14 @@
 
 Dense weights lie as `weight_forms` says, so that an engine's input is bound to the mapped file; experts lie
 as `plugins/sparse_moe/pack.py` says. Vectors are stored as they are: what is added to them is folded when
-they are bound.
+they are bound. Where ranks share the model, each rank's share is packed as a tensor of its own, so that it
+too is loaded by mapping a file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from step35_trt.kernels import plugin
 from step35_trt.parallel import in_order
 from step35_trt.program import WeightPlace
 from step35_trt.quantize.formats import Coding
+from step35_trt.sharing import ALONE, Sharing
 from step35_trt.weight_file import WeightFile, file_name
 from step35_trt.weight_forms import NUMPY, Forms, Packed, packed_weight, same_codes
 
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
     from step35_trt.quantize.recipe import Recipe
     from step35_trt.weight_forms import WeightForm
 
+SUFFIX = ".safetensors"
 THREADS = 2
 PART = 4 << 20  # elements of a matrix that are in memory at a time
 ROW_BLOCK = 128  # rows that share scales in any coding: parts end between them
 GROUP = 128  # values of a row that share a scale where kernels take int4
+T = TypeVar("T")
 FORMATS: dict[Coding, ExpertFormat] = {
     Coding("int4", GROUP): "int4",
     Coding("fp8-rows"): "fp8_channel",
@@ -98,35 +102,81 @@ def as_kernels_scale(checkpoint: Checkpoint) -> Callable[[str, WeightForm, int |
     return read
 
 
-@dataclass
-class GpuWeights:
-    """All weights of a bundle, laid out by file before any byte is read.
+@dataclass(frozen=True)
+class Packing:
+    """A checkpoint's weights as the ranks of an engine store them.
 
     Attributes:
         checkpoint: Where they come from; in the codes of `forms`.
         forms: Of the whole model.
         experts: Format of each layer's experts by prefix.
-        files: To be written.
-        places: Of every tensor.
+        sharing: Which part of a weight a rank has.
     """
 
     checkpoint: Checkpoint
     forms: Forms
     experts: Mapping[str, ExpertFormat]
+    sharing: Sharing
+
+    def rows(self, name: str, rank: int, part: slice) -> Packed:
+        """Some rows of a rank's share of a matrix; rows cut no block. Of a vector all."""
+        form, axis = self.forms(name), self.sharing.axis(name)
+        if len(form.shape) == 1:
+            return packed_weight(self.checkpoint, name, form)
+        first = rank * (form.shape[0] // self.sharing.ranks) if axis == "rows" else 0
+        packed = packed_weight(self.checkpoint, name, form, slice(first + part.start, first + part.stop))
+        return self.sharing.cut(packed, name, form, rank) if axis == "columns" else packed
+
+    def expert(self, name: str, rank: int, index: int) -> Packed:
+        """A rank's share of one matrix of a stack, as the kernels take it."""
+        form = self.forms(name)
+        if self.experts.get(_experts_of(name)) != "int4":
+            packed = packed_weight(self.checkpoint, name, form, index)
+            return self.sharing.cut(packed, name, form, rank)
+        # Two rows a byte, of which no cut takes one alone: kernels want a multiple of 128 both ways.
+        rows = np.asarray(self.checkpoint.stored(name)[index])
+        scales = np.asarray(self.checkpoint.stored(f"{name}_scale")[index])
+        cut = self.sharing.cut(Packed(rows, scales), name, form, rank)
+        assert cut.scales is not None
+        return Packed(*plugin.load("sparse_moe", "pack").repack_int4(cut.values, cut.scales))
+
+
+@dataclass
+class GpuWeights:
+    """All weights of a bundle, laid out by file before any byte is read.
+
+    What every rank holds is stored once; what one rank holds alone lies in files of its own.
+
+    Attributes:
+        forms: Of the whole model.
+        experts: The kernels' format of each layer's experts by prefix; others are stored in their forms.
+        sharing: Which part of a weight a rank has.
+        packing: Gives the bytes when files are written; None where only sizes are asked for.
+        files: To be written.
+        places: Of every tensor that all ranks hold.
+        shares: Of every rank's own tensors.
+    """
+
+    forms: Forms
+    experts: Mapping[str, ExpertFormat]
+    sharing: Sharing
+    packing: Packing | None
     files: dict[str, WeightFile] = field(default_factory=dict)
     places: dict[str, WeightPlace] = field(default_factory=dict)
+    shares: tuple[dict[str, WeightPlace], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, shape in self.forms.shapes.items():
-            if len(shape) == 3:
-                self._place_experts(name, shape)
-            else:
-                self._place_dense(name)
+        ranks = range(self.sharing.ranks)
+        self.shares = tuple({} for _ in ranks)
+        own = self.sharing.share(self.forms)
+        for name, shape in own.shapes.items():
+            for rank in (None,) if self.sharing.axis(name) is None else ranks:
+                if len(shape) == 3:
+                    self._place_experts(name, shape, rank)
+                else:
+                    self._place_dense(name, own(name), rank)
 
-    def _place_dense(self, name: str) -> None:
-        form = self.forms(name)
-        packed = (*form.shape[:-1], form.shape[-1] // 2) if form.dtype == "int4" else form.shape
-        dtype = "uint8" if form.dtype == "int4" else form.dtype
+    def _place_dense(self, name: str, form: WeightForm, rank: int | None) -> None:
         rows = form.shape[0]
         step = rows
         if len(form.shape) == 2:
@@ -134,36 +184,36 @@ class GpuWeights:
         parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
         def pack(part: slice) -> Packed:
-            return packed_weight(self.checkpoint, name, form, part if len(form.shape) == 2 else None)
+            assert self.packing is not None
+            return self.packing.rows(name, rank or 0, part)
 
-        self._place(name, (dtype, packed), (form.scale_dtype or "", form.scale_shape), pack, parts)
+        self._place(name, rank, *_tensors(form), pack, parts)
 
-    def _place_experts(self, name: str, shape: tuple[int, ...]) -> None:
-        packing = plugin.load("sparse_moe", "pack")
-        kind, (count, n, k) = self.experts[_experts_of(name)], shape
-        values, scales = packing.shapes(kind, n, k)
-        types = {"bf16": ("bfloat16", ""), "int4": ("int16", "int32")}
-        dtype, scale_dtype = types.get(kind, ("float8_e4m3fn", "float32"))
+    def _place_experts(self, name: str, shape: tuple[int, ...], rank: int | None) -> None:
+        kind, (count, n, k) = self.experts.get(_experts_of(name)), shape
+        if kind is None:
+            (dtype, values), (scale_dtype, scales) = _tensors(self.sharing.share(self.forms)(name))
+        else:
+            values, scales = plugin.load("sparse_moe", "pack").shapes(kind, n, k)
+            types = {"bf16": ("bfloat16", ""), "int4": ("int16", "int32")}
+            dtype, scale_dtype = types.get(kind, ("float8_e4m3fn", "float32"))
 
-        def pack(part: slice) -> Packed:
-            if kind != "int4":
-                return packed_weight(self.checkpoint, name, self.forms(name), part.start)
-            own = self.checkpoint.codes(name, part, 4, GROUP)
-            assert own is not None
-            both, factors = own[0][0], own[1][0]
-            words, pairs = packing.pack_int4(np.stack([both & 15, both >> 4], -1).reshape(n, k), factors)
-            return Packed(words, pairs)
+        def pack(expert: int) -> Packed:
+            assert self.packing is not None
+            return self.packing.expert(name, rank or 0, expert)
 
-        parts = [slice(i, i + 1) for i in range(count)]
-        self._place(name, (dtype, (count, *values)), (scale_dtype, (count, *scales)), pack, parts)
+        held = self.sharing.held(name, self.forms.shapes[name][0], rank or 0)
+        types_of = (dtype, (count, *values)), (scale_dtype, (count, *scales))
+        self._place(name, rank, *types_of, pack, held)
 
     def _place(
         self,
         name: str,
+        rank: int | None,
         values: tuple[str, tuple[int, ...]],
         scales: tuple[str, tuple[int, ...]],
-        pack: Callable[[slice], Packed],
-        parts: Sequence[slice],
+        pack: Callable[[T], Packed],
+        parts: Sequence[T],
     ) -> None:
         """Reserve room for values and, where there is a dtype for them, scales; filled part by part."""
         pending: list[NDArray[np.generic]] = []
@@ -179,29 +229,44 @@ class GpuWeights:
             yield from pending
             pending.clear()
 
-        self._reserve(name, *values, chunks)
+        self._reserve(name, name, rank, *values, chunks)
         if scales[0]:
-            self._reserve(f"{name}.scales", *scales, scale_chunks)
+            self._reserve(name, f"{name}.scales", rank, *scales, scale_chunks)
 
     def _reserve(
         self,
+        weight: str,
         name: str,
+        rank: int | None,
         dtype: str,
         shape: tuple[int, ...],
         chunks: Callable[[], Iterator[NDArray[np.generic]]],
     ) -> None:
-        file = file_name(name)
+        file, places = file_name(weight), self.places
+        if rank is not None:
+            file = f"{file.removesuffix(SUFFIX)}.rank-{rank}{SUFFIX}"
+            places = self.shares[rank]
         placed = self.files.setdefault(file, WeightFile(file)).place(name, dtype, shape, chunks)
-        self.places[name] = WeightPlace(file=file, offset=placed.offset, dtype=dtype, shape=shape)
+        places[name] = WeightPlace(file=file, offset=placed.offset, dtype=dtype, shape=shape)
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """A bundle's weights, mapped."""
+    """What a rank has of a bundle's weights, mapped.
+
+    Attributes:
+        directory: The bundle.
+        places: Of all that the rank holds (`SteppedProgram.places`).
+        experts: Format of each layer's experts by prefix.
+        sharing: Which of the experts those are.
+        rank: From 0.
+    """
 
     directory: Path
     places: Mapping[str, WeightPlace]
     experts: Mapping[str, ExpertFormat]
+    sharing: Sharing = ALONE
+    rank: int = 0
 
     def read(self, name: str, form: WeightForm, expert: int | None) -> Packed:
         """See `interpret.weights.Read`; what kernels take is brought into the form of one matrix."""
@@ -209,8 +274,11 @@ class StoredWeights:
         scales = self.mapped(f"{name}.scales") if f"{name}.scales" in self.places else None
         if expert is None:
             return Packed(values, scales)
-        one, factors = values[expert], None if scales is None else scales[expert]
-        if self.experts[_experts_of(name)] != "int4":
+        dealt = self.sharing.axis(name) == "experts"
+        local = expert - self.rank * len(values) if dealt else expert
+        assert 0 <= local < len(values), f"{name}: rank {self.rank} has no expert {expert}"
+        one, factors = values[local], None if scales is None else scales[local]
+        if self.experts.get(_experts_of(name)) != "int4":
             return Packed(one, factors)
         codes, halves = plugin.load("sparse_moe", "pack").unpack_int4(one, factors)
         # From an offset of half the range to two's complement.
@@ -221,6 +289,14 @@ class StoredWeights:
         place = self.places[name]
         dtype = NUMPY.get(place.dtype, np.dtype(place.dtype))
         return np.memmap(self.directory / place.file, dtype, "r", place.offset, place.shape)
+
+
+def _tensors(form: WeightForm) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
+    """Type and shape of a form's values as they are stored, and of its scales; "" where it has none."""
+    scales = form.scale_dtype or "", form.scale_shape
+    if form.dtype == "int4":
+        return ("uint8", (*form.shape[:-1], form.shape[-1] // 2)), scales
+    return (form.dtype, form.shape), scales
 
 
 def _experts_of(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from step35_trt.config import LayerSpec
-from step35_trt.segments import COLLECTIVES, Segment, cut
+from step35_trt.segments import Segment, cut
 from step35_trt.sharing import ALONE
 from step35_trt.signatures import Vector
 from step35_trt.steps import (
@@ -23,12 +23,12 @@ from step35_trt.steps import (
     StepProgram,
     WeightBinding,
 )
-from step35_trt.trace import Call, Value, trace_decoder, trace_mtp
+from step35_trt.trace import COLLECTIVES, Call, Value, trace_decoder, trace_mtp
 
 if TYPE_CHECKING:
     from step35_trt.config import Step35Config
     from step35_trt.sharing import Sharing
-    from step35_trt.steps import BufferDtype, Operation
+    from step35_trt.steps import BufferDtype, Operation, Share
     from step35_trt.trace import Trace
     from step35_trt.weight_forms import Forms
 
@@ -146,7 +146,8 @@ class _Buffers:
         return [
             Buffer(
                 name=self.names[value.index],
-                value=value.index,
+                value=self.trace.said[value.index],
+                share=self._share(value),
                 path=path,
                 dtype=cast("BufferDtype", value.type.dtype),
                 width=value.type.width,
@@ -157,6 +158,11 @@ class _Buffers:
             )
             for value, path, first in self._made
         ]
+
+    def _share(self, value: Value) -> Share:
+        if value.index in self.trace.partial:
+            return "summand"
+        return "slice" if value.index in self.trace.sliced else "whole"
 
     def _declare(self, value: Value, name: str, path: str, step: int) -> None:
         self.names[value.index], self.last[value.index] = name, step

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from step35_trt.signatures import Vector
-from step35_trt.trace import Call, Value
+from step35_trt.trace import COLLECTIVES, Call, Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from step35_trt.trace import Trace
     from step35_trt.weight_forms import Forms
 
-COLLECTIVES = frozenset({"all_reduce", "all_gather"})
 # The two plugins, and the choice of rows: without it, every segment has one dynamic dimension.
 KERNELS = frozenset({"gated_attention", "sparse_moe", "rows"})
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from step35_trt.errors import UnsupportedError
 from step35_trt.weight_forms import Forms, Packed, WeightForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from step35_trt.config import Step35Config
 
 # As `plan.splits` names them, which decides what an engine may cut.
 Part = Literal["attention", "routed experts", "shared expert", "dense MLP", "head"]
@@ -43,6 +46,58 @@ class Sharing:
         if part == "head":
             return "rows"
         return "experts" if self.ways[part] == "expert" else AXES[weight.split(".")[-2]]
+
+    def check(self, forms: Forms) -> None:
+        """See that every cut falls between values that share a scale.
+
+        Raises:
+            UnsupportedError: one does not; the weight is named.
+        """
+        for name in forms.shapes:
+            axis, form = self.axis(name), forms(name)
+            if axis not in ("rows", "columns"):
+                continue
+            at = 0 if axis == "rows" else 1
+            size, edge = form.shape[at], form.block[at] or 1
+            # One scale for the whole width holds for any part of it; a byte of two codes is not cut either.
+            whole = 2 if form.dtype == "int4" and at == 1 else 1
+            unit = whole if edge >= size else edge
+            if size % self.ranks or size // self.ranks % unit:
+                raise UnsupportedError(
+                    f"{name} cannot be cut for {self.ranks} devices: {size} {axis}, {unit} of which belong "
+                    "together",
+                    "Let every device hold that part whole: parallelism in the engine's file.",
+                )
+
+    def config(self, config: Step35Config) -> Step35Config:
+        """The model as one rank's kernels see it: the heads, experts and widths that it holds.
+
+        Raises:
+            UnsupportedError: a rank would hold fewer experts than a token takes.
+        """
+        changes: dict[str, object] = {}
+        if "attention" in self.ways:
+            other = config.attention_other_setting
+            narrow = {
+                "num_attention_heads": other.num_attention_heads // self.ranks,
+                "num_attention_groups": other.num_attention_groups // self.ranks,
+            }
+            changes |= {
+                "num_attention_heads": config.num_attention_heads // self.ranks,
+                "num_attention_groups": config.num_attention_groups // self.ranks,
+                "attention_other_setting": other.model_copy(update=narrow),
+            }
+        if way := self.ways.get("routed experts"):
+            name = "moe_num_experts" if way == "expert" else "moe_intermediate_size"
+            changes[name] = getattr(config, name) // self.ranks
+        own = config.model_copy(update=changes)
+        if own.moe_num_experts < own.moe_top_k:
+            raise UnsupportedError(
+                f"each of {self.ranks} devices would hold {own.moe_num_experts} experts, and a token takes "
+                f"{own.moe_top_k}",
+                "Take fewer devices.",
+            )
+        return own
 
     def share(self, forms: Forms) -> Forms:
         """The forms of what one rank holds."""
@@ -77,9 +132,14 @@ class Sharing:
             scales = np.split(scales, self.ranks, at)[rank]
         return Packed(np.ascontiguousarray(values), scales)
 
+    def held(self, name: str, experts: int, rank: int) -> range:
+        """Which of `experts` experts, dealt in order, a rank has."""
+        share = experts // self.ranks
+        return range(rank * share, (rank + 1) * share) if self.axis(name) == "experts" else range(experts)
+
     def holds(self, name: str, expert: int, experts: int, rank: int) -> bool:
-        """Whether a rank has one of `experts` experts, which are dealt in order."""
-        return self.axis(name) != "experts" or expert // (experts // self.ranks) == rank
+        """Whether a rank has one of `experts` experts."""
+        return expert in self.held(name, experts, rank)
 
 
 ALONE = Sharing()

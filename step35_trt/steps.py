@@ -11,6 +11,8 @@ from step35_trt.config import RopeScaling
 BufferDtype = Literal["bfloat16", "float32", "int64"]
 Operation = Literal["all_reduce", "all_gather"]
 RowKind = Literal["tokens", "rows"]
+# What a rank has of one of the model's values: all of it, its own run of features, or a part of a sum.
+Share = Literal["whole", "slice", "summand"]
 
 
 class _Data(BaseModel):
@@ -23,6 +25,8 @@ class Buffer(_Data):
     Attributes:
         name: Unique in the program.
         value: Which of the model's values it is: inputs first, then the results of its operations in order.
+            What ranks exchange is the same value before and after.
+        share: What a rank has of it.
         path: The module of the model whose result it is.
         dtype: Of its elements.
         width: Features of a row.
@@ -42,6 +46,7 @@ class Buffer(_Data):
     offset: int = Field(ge=0)
     first: int
     last: int
+    share: Share = "whole"
 
     @property
     def row_bytes(self) -> int:
@@ -144,8 +149,8 @@ class GatedAttention(_Data):
 class SparseMoe(_Data):
     """The second plugin on one layer (`Ops.sparse_moe`).
 
-    Tokens choose among `count` experts; a rank holds `held` of them and adds up what those contribute.
-    `coding` is how they are coded.
+    Tokens choose among `count` experts; a rank holds `held` of them and adds up what those contribute: where
+    ranks deal experts out, rank r those from `r * held` on. `coding` is how they are coded.
     """
 
     plugin: Literal["sparse_moe"] = "sparse_moe"

@@ -28,6 +28,8 @@ class Value:
     type: Type
 
 
+# What ranks do together.
+COLLECTIVES = frozenset({"all_reduce", "all_gather"})
 # A string is a weight's name, or the prefix of a layer's experts.
 Argument = Value | Vector | LayerSpec | str | float | int
 
@@ -51,7 +53,15 @@ class Call:
 class Trace:
     """A graph of the model: named inputs, operations in order, named outputs.
 
-    `partial` holds the values of which each rank has but a summand.
+    Attributes:
+        forms: Of a rank's weights.
+        inputs: By name.
+        calls: In order.
+        outputs: By name.
+        partial: Values of which each rank has but a summand.
+        sliced: Values of which each rank has but some features.
+        said: Which of the model's values each value is, where ranks exchange something: inputs count first,
+            then the model's own operations, and what is exchanged is the same value.
     """
 
     forms: Forms
@@ -59,12 +69,15 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
     partial: set[int] = field(default_factory=set)
+    sliced: set[int] = field(default_factory=set)
+    said: dict[int, int] = field(default_factory=dict)
 
     def input(self, name: str, type_: Type) -> Value:
         """Declare an input; all of them come before the first operation."""
         assert not self.calls
-        self.inputs[name] = Value(len(self.inputs), type_)
-        return self.inputs[name]
+        value = self.inputs[name] = Value(len(self.inputs), type_)
+        self.said[value.index] = value.index
+        return value
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,10 @@ class TraceOps:
         """See `Ops`."""
         result, axis = self._record("linear", x, weight), self.sharing.axis(weight)
         if axis == "columns":
+            self.trace.sliced.discard(result.index)
             return self._partial(result)
+        if axis == "rows":
+            self.trace.sliced.add(result.index)
         # Of what is cut by rows only the head's result is needed whole.
         head = axis == "rows" and not weight.endswith("_proj.weight")
         return self._record("all_gather", result, self.sharing.ranks) if head else result
@@ -178,8 +194,15 @@ class TraceOps:
     def _call(self, word: str, *arguments: Argument) -> Value:
         site = call_site()
         type_ = checked(site, self.trace.forms, word, *arguments)
-        result = Value(len(self.trace.inputs) + len(self.trace.calls), type_)
-        self.trace.calls.append(Call(word, arguments, result, site))
+        trace, operands = self.trace, [a.index for a in arguments if isinstance(a, Value)]
+        result = Value(len(trace.inputs) + len(trace.calls), type_)
+        trace.calls.append(Call(word, arguments, result, site))
+        if word in COLLECTIVES:
+            trace.said[result.index] = trace.said[operands[0]]
+            return result
+        trace.said[result.index] = 1 + max(trace.said.values())
+        if trace.sliced.intersection(operands):
+            trace.sliced.add(result.index)
         return result
 
 

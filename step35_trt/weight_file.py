@@ -26,6 +26,8 @@ SAFETENSORS_DTYPES = {
     "uint8": "U8",
 }
 FLOATS = frozenset({"float32", "bfloat16", "float8_e4m3fn"})
+# Bits that are all set in what is not finite, and integers to see them as: numpy is slow with these types.
+UNENDING = {"bfloat16": (np.uint16, 0x7F80), "float8_e4m3fn": (np.uint8, 0x7F)}
 
 Chunks = Callable[[], Iterator["NDArray[np.generic]"]]
 
@@ -76,9 +78,10 @@ class WeightFile:
         for placed, chunks in self.tensors:
             written = 0
             for chunk in chunks():
-                if chunk.dtype.name in FLOATS and not np.isfinite(chunk).all():
+                whole = np.ascontiguousarray(chunk)
+                if chunk.dtype.name in FLOATS and not _finite(whole):
                     raise CorruptInputError(f"{placed.name} holds a NaN or an infinity")
-                data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+                data = whole.reshape(-1).view(np.uint8)
                 stream.write(data.data)
                 written += data.nbytes
                 yield data.nbytes
@@ -105,6 +108,14 @@ def file_name(weight: str) -> str:
     parts = weight.split(".")
     stem = f"layer-{int(parts[2]):02}" if parts[1] == "layers" else parts[0 if parts[0] == "lm_head" else 1]
     return f"weights/{stem}.safetensors"
+
+
+def _finite(values: NDArray[np.generic]) -> bool:
+    if values.dtype.name not in UNENDING:
+        return bool(np.isfinite(values).all())
+    integer, mask = UNENDING[values.dtype.name]
+    bits = values.view(integer)
+    return not bool(((bits & integer(mask)) == mask).any())
 
 
 def _entry(dtype: str, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, object]:

@@ -37,6 +37,8 @@ NUMPY: dict[str, np.dtype[np.generic]] = {
     "int64": np.dtype(np.int64),
 }
 BITS = {"bfloat16": 16, "float32": 32, "float8_e4m3fn": 8, "int8": 8, "int4": 4, "int64": 64}
+# What packed codes lie in.
+BITS |= {"uint8": 8, "int16": 16, "int32": 32}
 FP8_MAX = 448.0
 PLAIN = ("fp32", "bf16")
 INTEGERS = {"int8": 8, "int4": 4}
@@ -148,8 +150,14 @@ def packed_weight(
     """
     coding, index = checkpoint.codings[name], ... if part is None else part
     if isinstance(part, slice):
-        form = _of_rows(form, part)
+        form = of_rows(form, part)
     scale_name = coding.scale_name(name)
+    if (
+        scale_name is None
+        and form.scale_dtype is None
+        and (own := checkpoint.stored(name)).dtype == NUMPY[form.dtype]
+    ):
+        return Packed(np.asarray(own[index]))
     if scale_name is None or form.scale_dtype is None or not same_codes(coding, form):
         return pack(checkpoint.read(name, part), form)
     blocks = index
@@ -165,7 +173,7 @@ def packed_weight(
     return Packed(codes[:, 0::2] & 15 | codes[:, 1::2] << 4, scales)
 
 
-def _of_rows(form: WeightForm, rows: slice) -> WeightForm:
+def of_rows(form: WeightForm, rows: slice) -> WeightForm:
     """The form of some rows of a matrix."""
     count = rows.stop - rows.start
     scales = form.scale_shape

@@ -56,18 +56,40 @@ def calibration_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command("build-engine")
-@click.argument("checkpoint")
-@click.option("-o", "--output", required=True, type=PATH, help="Directory of the bundle.")
-@click.option("--engine", required=True, help="A shipped engine, or a YAML file.")
+@click.argument("checkpoint", required=False)
+@click.option("-o", "--output", type=PATH, help="Directory of the bundle.")
+@click.option("--engine", help="A shipped engine, or a YAML file.")
 @click.option(
     "--recipe", help="Quantise the checkpoint by a recipe on the way: a shipped one, or a YAML file."
 )
+@click.option("--finish", "sealed", type=PATH, metavar="BUNDLE", help="Compile what a sealed bundle lacks.")
 @calibration_options
 def build_engine(
-    checkpoint: str, output: Path, engine: str, recipe: str | None, calibration: CalibrationOptions
+    checkpoint: str | None,
+    output: Path | None,
+    engine: str | None,
+    recipe: str | None,
+    sealed: Path | None,
+    calibration: CalibrationOptions,
 ) -> None:
-    """Build a bundle from CHECKPOINT: a directory, a hub id, or 'nano'. Resumes by itself."""
+    """Build a bundle from CHECKPOINT: a directory, a hub id, or 'nano'. Resumes by itself.
+
+    Where TensorRT compiles only on the GPU itself, the bundle is sealed without its segments: --finish
+    BUNDLE, and nothing else, compiles them there.
+    """
+    others = checkpoint or output or engine or recipe or calibration.given
+    if sealed is not None:
+        if others:
+            raise UsageError("--finish takes a bundle and nothing else")
+        finish_sealed(sealed)
+        return
+    if checkpoint is None or output is None or engine is None:
+        raise UsageError(
+            "build-engine needs a checkpoint, --output and --engine",
+            "step35-trt build-engine CHECKPOINT -o BUNDLE --engine NAME",
+        )
     from step35_trt.build import build, build_quantized
+    from step35_trt.bundle import finish_command
     from step35_trt.engine import EngineSpec
     from step35_trt.quantize.recipe import Recipe
     from step35_trt.quantize.run import Job
@@ -79,11 +101,22 @@ def build_engine(
         raise UsageError("calibration options need --recipe")
     with console.file_progress("building") as progress:
         if recipe is None:
-            made = build(source, output, spec, progress)
+            made = build(source, output, spec, progress, console.say)
         else:
             job = Job.of(source, Recipe.load(recipe), calibration)
-            made = build_quantized(job, output, spec, progress)
+            made = build_quantized(job, output, spec, progress, console.say)
     console.say(f"{output} is {'ready' if made else 'there already, built from the same inputs'}")
+    if spec.target == "tensorrt":
+        console.say(f"its segments are compiled on the target: {finish_command(output)}")
+
+
+def finish_sealed(bundle: Path) -> None:
+    """Compile a sealed bundle's segments with the TensorRT here."""
+    from step35_trt.finish import finish
+
+    with console.item_progress("compiling segments") as progress:
+        made = finish(bundle, progress)
+    console.say(f"{bundle} is {'complete' if made else 'finished already'}")
 
 
 @click.command()

@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from step35_trt.dialects.tensorrt import InputWeights, NoPlugins, TensorRtOps, Weights
 from step35_trt.dialects.tensorrt_functional import Functional
+from step35_trt.dialects.tensorrt_progress import monitor
+from step35_trt.dialects.tensorrt_timing import TimingCache
 from step35_trt.errors import UnsupportedError
+from step35_trt.interrupts import noticed
+from step35_trt.progress import silent
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from step35_trt.progress import Progress
     from step35_trt.segments import Segment
     from step35_trt.signatures import Site
     from step35_trt.weight_forms import Forms
+
+
+OLDEST = 11  # the first TensorRT whose networks are written here
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,11 @@ class Builder:
 
     Attributes:
         trt: `tensorrt_rtx` or `tensorrt`.
+        timing: Kept between builds, for a TensorRT that times kernels when it builds.
     """
 
     trt: ModuleType
+    timing: TimingCache | None = None
 
     def __post_init__(self) -> None:
         self.log = _log(self.trt)
@@ -69,6 +79,35 @@ class Builder:
             raise UnsupportedError(
                 "TensorRT-RTX is not installed", "Install it with: pip install 'step35-trt[rtx]'"
             ) from None
+
+    @classmethod
+    def tensorrt(cls, capability: str) -> Builder:
+        """Full TensorRT, which builds for the GPU that it runs on.
+
+        Args:
+            capability: Of that GPU, as `9.0`.
+
+        Raises:
+            UnsupportedError: it is not installed, too old, or does not start.
+        """
+        hint = "On the machine with the GPU: pip install tensorrt"
+        try:
+            trt = importlib.import_module("tensorrt")
+        except (ImportError, OSError):
+            raise UnsupportedError("TensorRT is not installed", hint) from None
+        version = str(trt.__version__)
+        if int(version.split(".", maxsplit=1)[0]) < OLDEST:
+            raise UnsupportedError(f"TensorRT {version} is too old: {OLDEST} or newer is needed", hint)
+        try:
+            return cls(trt, TimingCache.of(version, capability))
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UnsupportedError(f"TensorRT {version} does not start here: {reason}") from None
+
+    @property
+    def version(self) -> str:
+        """Of the module."""
+        return str(self.trt.__version__)
 
     def network(self) -> Any:
         """An empty, strongly typed network."""
@@ -97,29 +136,51 @@ class Builder:
             functional.output(f"y{i}", tensor.handle)
         return functional
 
-    def build(self, written: Functional, ranges: tuple[Profile, ...], capability: str) -> Engine:
+    def build(
+        self,
+        written: Functional,
+        ranges: tuple[Profile, ...],
+        capability: str,
+        progress: Progress = silent,
+    ) -> Engine:
         """Compile a network for GPUs of one compute capability, such as `12.1`.
+
+        Ctrl-C ends it at TensorRT's next step.
 
         Raises:
             UnsupportedError: the capability is unknown to this TensorRT, or it cannot build the network.
+            KeyboardInterrupt: the user ended it.
         """
         self.log.clear()
         config = self.builder.create_builder_config()
         self._aim(config, capability)
         for profile in ranges:
             self._add(config, written.network, profile)
+        if self.timing:
+            self.timing.attach(config)
         started = time.perf_counter()
-        data = self.builder.build_serialized_network(written.network, config)
+        with noticed() as stopped:
+            # TensorRT does not keep it alive.
+            watching = monitor(self.trt, progress, stopped)
+            config.progress_monitor = watching
+            data = self.builder.build_serialized_network(written.network, config)
+        if watching.failure:
+            raise watching.failure
         if data is None:
             raise UnsupportedError(f"{self.trt.__name__} cannot build the segment: {self.log.first}")
-        return Engine(bytes(data), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if self.timing:
+            self.timing.keep(config)
+        return Engine(bytes(data), seconds)
 
     def _aim(self, config: Any, capability: str) -> None:
         known = getattr(self.trt, "ComputeCapability", None)
+        if known is None:
+            return  # full TensorRT builds for the GPU that it finds; whoever made this has looked at that
         wanted = getattr(known, f"SM{capability.replace('.', '')}", None)
         if wanted is None:
             raise UnsupportedError(
-                f"{self.trt.__name__} {self.trt.__version__} builds no engine here for compute capability "
+                f"{self.trt.__name__} {self.version} builds no engine here for compute capability "
                 f"{capability}",
                 "Full TensorRT builds only on the GPU itself.",
             )

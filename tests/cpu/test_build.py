@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -29,6 +31,7 @@ from step35_trt.journal import Journal, staged
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
 from step35_trt.weight_file import WeightFile
+from tests.bundles import edit_manifest
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -281,6 +284,14 @@ def test_not_enough_room_is_said_before(
         build(source, tmp_path / "bundle", SPEC)
 
 
+@pytest.fixture(scope="module")
+def whole_bundle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it was."""
+    out = tmp_path_factory.mktemp("unspoilt") / "bundle"
+    build(source, out, SPEC)
+    return out
+
+
 @pytest.fixture
 def bundle(source: Path, tmp_path: Path) -> Path:
     out = tmp_path / "bundle"
@@ -319,16 +330,51 @@ def test_a_flipped_weight_bit_is_found_by_the_full_check(bundle: Path) -> None:
     assert Bundle.open(bundle).damaged() == ["weights/layer-05.safetensors"]
 
 
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_is_found(whole_bundle: Path, data: st.DataObject) -> None:
+    """Refused when the bundle is opened, or found by the full check; the manifest itself included."""
+    path = data.draw(st.sampled_from(sorted(p for p in whole_bundle.rglob("*") if p.is_file())))
+    name = str(path.relative_to(whole_bundle))
+    at = data.draw(st.integers(0, path.stat().st_size - 1))
+    _flip(path, at, bit := data.draw(st.integers(0, 7)))
+    found = _found(whole_bundle)
+    _flip(path, at, bit)
+    assert name in found if name != "manifest.json" else found
+    assert _found(whole_bundle) == ""
+
+
+def _found(bundle: Path) -> str:
+    """What opening a bundle or its full check says of it."""
+    try:
+        return ", ".join(Bundle.open(bundle).damaged())
+    except Step35Error as error:
+        return error.message
+
+
+def _flip(path: Path, at: int, bit: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        value = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([value ^ 1 << bit]))
+
+
+def test_a_file_of_another_build_is_refused_when_opened(bundle: Path) -> None:
+    """Of the right size, with other weights in it."""
+    ours, theirs = (bundle / "weights" / f"layer-{n:02}.safetensors" for n in (5, 6))
+    assert ours.stat().st_size == theirs.stat().st_size
+    shutil.copy(theirs, ours)
+    assert "layer-05.safetensors has changed" in _refused(bundle, CorruptInputError)
+
+
 def test_a_missing_file(bundle: Path) -> None:
     (bundle / "program.json").unlink()
     assert "program.json is missing" in _refused(bundle, CorruptInputError)
 
 
 def test_another_runtime(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["versions"]["onnxruntime"] = "9.9"
-    path.write_text(json.dumps(manifest))
+    edit_manifest(bundle, lambda raw: raw["versions"].update(onnxruntime="9.9"))
     assert "onnxruntime 9.9" in _refused(bundle, UnsupportedError)
 
 
@@ -338,17 +384,14 @@ def test_a_newer_schema(bundle: Path) -> None:
     assert "schema 99" in _refused(bundle, UnsupportedError)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 1}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 2}', "[" * 100_000])
 def test_hostile_manifests(bundle: Path, content: str) -> None:
     (bundle / "manifest.json").write_text(content)
     _refused(bundle, CorruptInputError)
 
 
 def test_a_manifest_that_points_outside(bundle: Path) -> None:
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../../etc/passwd"] = {"size": 1, "blake2b": ""}
-    path.write_text(json.dumps(manifest))
+    edit_manifest(bundle, lambda raw: raw["files"].update({"../../etc/passwd": {"size": 1}}))
     with pytest.raises(CorruptInputError, match="outside"):
         Bundle.open(bundle)
 

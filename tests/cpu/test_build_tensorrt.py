@@ -24,6 +24,7 @@ from step35_trt.quantize.recipe import Recipe
 from step35_trt.quantize.run import CalibrationOptions, Job
 from step35_trt.runtime import gpu
 from step35_trt.runtime.load import load_reference, open_bundle
+from tests.bundles import edit_manifest, record_again
 from tests.cpu.quantize.test_convert import run
 from tests.cpu.test_build import contents, in_child
 from tests.synthetic import raw_config, write_checkpoint
@@ -233,10 +234,8 @@ def test_a_spoiled_file_is_refused(bundle: Path, spoil: Callable[[Path], object]
 
 
 def test_a_kernel_that_the_manifest_forgot(bundle: Path) -> None:
-    path, name = bundle / "manifest.json", program_of(bundle).kernels[0].code
-    manifest = json.loads(path.read_text())
-    del manifest["files"][name]
-    path.write_text(json.dumps(manifest))
+    name = program_of(bundle).kernels[0].code
+    edit_manifest(bundle, lambda raw: raw["files"].pop(name))
     with pytest.raises(CorruptInputError, match="the program needs kernels/"):
         Bundle.open(bundle)
 
@@ -268,10 +267,7 @@ def test_another_machine(
 
 
 def test_another_tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = bundle / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["versions"]["tensorrt-rtx"] = "1.0.0"
-    path.write_text(json.dumps(manifest))
+    edit_manifest(bundle, lambda raw: raw["versions"].update({"tensorrt-rtx": "1.0.0"}))
     monkeypatch.setattr(gpu, "capabilities", lambda: ["12.1"])
     with pytest.raises(UnsupportedError, match=r"built for tensorrt-rtx 1\.0\.0") as caught:
         open_bundle(bundle)
@@ -328,7 +324,7 @@ def change_sign(values: np.ndarray) -> np.ndarray:
 def test_a_wrong_weight_is_named(
     bundle: Path, source: Checkpoint, name: str, change: Callable[[np.ndarray], np.ndarray], path: str
 ) -> None:
-    """Sizes stay as they are: only what the bundle computes gives it away."""
+    """The manifest knows the changed file: only what the bundle computes gives it away."""
     place = program_of(bundle).weights[name]
     dtype = {"bfloat16": "V2", "float8_e4m3fn": "V1"}.get(place.dtype, place.dtype)
     values = np.memmap(bundle / place.file, dtype, "r+", place.offset, place.shape)
@@ -337,6 +333,7 @@ def test_a_wrong_weight_is_named(
     else:
         values[...] = change(values).reshape(place.shape)
     values.flush()
+    record_again(bundle, place.file)
     report = verify.compare_program(bundle, source.directory)
     assert report is not None
     found = report.comparison.first_off
@@ -371,6 +368,7 @@ def test_the_commands(
     assert "no NVIDIA GPU" in capsys.readouterr().err
     place = program_of(bundle).weights["model.layers.2.self_attn.o_proj.weight"]
     np.memmap(bundle / place.file, np.uint8, "r+", place.offset, 4096)[...] ^= 0x77
+    record_again(bundle, place.file)
     assert command(monkeypatch, *call) == 5
     printed = capsys.readouterr()
     assert not json.loads(printed.out)["passed"]

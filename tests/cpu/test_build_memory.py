@@ -1,0 +1,80 @@
+"""Building for a GPU streams: what is in memory does not grow with the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from step35_trt.checkpoint import Checkpoint
+from step35_trt.engine import EngineSpec
+from tests.cpu.test_sealed import quantised
+from tests.synthetic import raw_config, write_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# VmHWM is the peak of this program alone; compilers of kernels are processes of their own. What libraries
+# take when they are first used is not the model's: a segment is compiled before the base is read.
+MEMORY = """
+import sys
+from pathlib import Path
+from step35_trt import build_tensorrt
+from step35_trt.build import build
+from step35_trt.build_tensorrt import compile_segment, gpu_contents
+from step35_trt.checkpoint import Checkpoint
+from step35_trt.engine import EngineSpec
+from step35_trt.quantize.recipe import Recipe
+from tests.gpu_kernels import uncompiled
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+build_tensorrt.compile_kernels = uncompiled
+source, spec = Path(sys.argv[1]), EngineSpec.load(sys.argv[3])
+if spec.target == "tensorrt-rtx":
+    from step35_trt.deployment import Deployment
+    from step35_trt.dialects.tensorrt_segment import Builder
+    made = Deployment.of(Checkpoint.open(source).config, Recipe.load(spec.recipe), spec)
+    compile_segment(made, next(iter(made.programs.segments)), Builder.rtx())
+base = status("VmRSS")
+build(source, Path(sys.argv[2]), spec)
+print(status("VmHWM") - base)
+"""
+
+
+@pytest.mark.parametrize("engine", ["dgx-spark-int4", "h200x2-fp8"])
+def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
+    """Six times the experts, the same peak; both far below the checkpoint's size."""
+    spec, peaks = EngineSpec.load(engine), []
+    for layers in (4, 9):
+        raw = raw_config(
+            layers=layers,
+            modules=1,
+            heads=(16, 24),
+            groups=2,
+            vocab_size=96,
+            hidden_size=512,
+            moe_num_experts=24,
+            moe_intermediate_size=768,
+            share_expert_dim=256,
+            intermediate_size=512,
+        )
+        plain = write_checkpoint(tmp_path / f"plain{layers}", raw)
+        source = quantised(plain, tmp_path / f"made{layers}", spec)
+        command: list[str | Path] = [
+            sys.executable,
+            "-c",
+            MEMORY,
+            source.directory,
+            tmp_path / f"b{layers}",
+            engine,
+        ]
+        peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+        size = Checkpoint.open(source.directory).nbytes
+    assert size > 85e6
+    assert max(peaks) < 180e6
+    assert peaks[1] < peaks[0] + 25e6  # five layers more are 70 MB of int4, 140 MB of FP8
