@@ -120,9 +120,9 @@ def measure(bundle: Path, repeats: int) -> dict[str, Any]:
     opened = Bundle.open(bundle)
     session = open_session(opened)
     rng = np.random.default_rng(1)
-    sequence = session.open()
     times: dict[int, list[float]] = {count: [] for count in TOKENS}
     started = time.perf_counter()
+    sequence = session.open()
     sequence.decode(rng.integers(0, 128896, CONTEXT), np.array([CONTEXT - 1]))
     load = time.perf_counter() - started
     for repeat in range(repeats + 2):

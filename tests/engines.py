@@ -10,7 +10,7 @@ from step35_trt.engine import EngineSpec
 from step35_trt.program import Program
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
-from step35_trt.runtime.session_onnx import OnnxSession
+from tests.exports import ExportedSession
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +25,8 @@ def engine(checkpoint: Path, out: Path, name: str = "cpu-fp32") -> Session:
     return open_bundle(out)
 
 
-def exported(checkpoint: Path, out: Path, spelling: Spelling, recipe: str) -> Session:
+def exported(checkpoint: Path, out: Path, spelling: Spelling, recipe: str) -> ExportedSession:
     """A session over an export."""
     export_onnx(checkpoint, out, spelling, Recipe.load(recipe))
     program = Program.model_validate_json((out / "program.json").read_text())
-    return OnnxSession(out, Checkpoint.open(checkpoint).config, program, max_tokens=300, prefill_chunk=64)
+    return ExportedSession(out, Checkpoint.open(checkpoint).config, program)

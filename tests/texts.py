@@ -10,14 +10,16 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from step35_trt.config import Step35Config
+from step35_trt.runtime.packing import UNBOUNDED
 from step35_trt.runtime.session import Step
 from tests.synthetic import raw_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
-    from step35_trt.runtime.session import Floats, Ids
+    from step35_trt.runtime.session import Call, Floats, Ids
     from step35_trt.runtime.text import Text
 
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
@@ -84,9 +86,16 @@ class ScriptedSession:
         self.prefill_chunk = max_tokens
         self._text, self._reply = text, reply
         self.prompts: list[str] = []
+        self.capacity = UNBOUNDED
 
-    def open(self) -> ScriptedSequence:
+    def open(self, prompt_ids: Ids | None = None, modules: int | None = None) -> ScriptedSequence:
         return ScriptedSequence(self)
+
+    def decode(self, calls: SequenceOf[Call]) -> list[Step]:
+        return [_own(call).decode(call.token_ids, call.rows) for call in calls]
+
+    def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
+        return [_own(call).draft(module, call.token_ids, _hidden(call), call.rows) for call in calls]
 
     def script(self, prompt_ids: list[int]) -> list[int]:
         prompt = self._text.tokenizer.decode(prompt_ids, skip_special_tokens=False)
@@ -126,6 +135,9 @@ class ScriptedSequence:
     def truncate_draft(self, module: int, length: int) -> None:
         self._draft_rows[module] = length
 
+    def close(self) -> None:
+        pass
+
     def _step(self, count: int, shift: int, rows: Ids) -> Step:
         assert self._script is not None
         logits = np.zeros((len(rows), self._session.config.vocab_size), dtype=np.float32)
@@ -133,3 +145,13 @@ class ScriptedSequence:
             place = min(int(row) + shift, len(self._script) - 1)
             logits[n, self._script[place]] = 100.0
         return Step(logits, np.zeros((count, 1), dtype=np.float32))
+
+
+def _own(call: Call) -> ScriptedSequence:
+    assert isinstance(call.sequence, ScriptedSequence)
+    return call.sequence
+
+
+def _hidden(call: Call) -> Floats:
+    assert call.hidden is not None
+    return call.hidden

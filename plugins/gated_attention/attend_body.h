@@ -34,20 +34,26 @@ INLINE void turn(const struct attention *a, const float *x, const float *gamma, 
   for (i = 0; i < a->dim; i += LANES) store(y + i, load(y + i) * all(factor));
 }
 
+// Where the rows of a KV head begin in the page of a position.
+INLINE size_t page_at(const struct attention *a, const struct sequence *s, size_t group, size_t position) {
+  return ((size_t)s->pages[position / a->page] * a->groups + group) * a->page * a->dim;
+}
+
 static void write(const struct attention *a, size_t token) {
-  size_t row = (a->past + token) % a->capacity;
+  const struct place *at = a->places + token;
+  size_t row = at->position % a->page;
   float *turns = a->turns + token * 2 * a->half, key[MOST_DIM];
   for (size_t i = 0; i < a->half; i++) {
-    float angle = (float)(a->past + token) * a->frequencies[i];
+    float angle = (float)at->position * a->frequencies[i];
     turns[i] = cosf(angle);
     turns[i + a->half] = sinf(angle);
   }
   for (size_t g = 0; g < a->groups; g++) {
-    size_t from = (token * a->groups + g) * a->dim;
+    size_t from = (token * a->groups + g) * a->dim, page = page_at(a, at->sequence, g, at->position);
     turn(a, a->k + from, a->k_gamma, turns, 1.0f, key);
-    float *column = a->keys + (g * a->capacity + row / LANES * LANES) * a->dim + row % LANES;
+    float *column = a->keys + page + row / LANES * LANES * a->dim + row % LANES;
     for (size_t i = 0; i < a->dim; i++) column[i * LANES] = key[i];
-    memcpy(a->values + (g * a->capacity + row) * a->dim, a->v + from, a->dim * sizeof(float));
+    memcpy(a->values + page + row * a->dim, a->v + from, a->dim * sizeof(float));
   }
 }
 
@@ -136,14 +142,38 @@ INLINE void soften(float *s, size_t begin, size_t end, float *most, lanes_f *sum
   }
 }
 
+// Positions that some row of a unit sees, and chunks that it sums.
+struct reach {
+  size_t from, to, chunk, chunks;
+};
+
+INLINE struct reach reach_of(const struct attention *a, const struct unit *u) {
+  const struct sequence *s = a->sequences + u->sequence;
+  size_t first = s->past + u->token;
+  struct reach r = {seen_from(a, first), first + u->count, s->first_chunk, s->chunks};
+  if (!s->parts) return r;
+  size_t begin = (s->first_chunk + u->chunk) * CHUNK;
+  r.from = r.from > begin ? r.from : begin;
+  r.to = r.to < begin + CHUNK ? r.to : begin + CHUNK;
+  r.chunk += u->chunk;
+  r.chunks = 1;
+  return r;
+}
+
 // Asks for a block's keys and values, which are read once a token and lie in no cache until then.
-static void ask(const struct attention *a, size_t group, size_t block, size_t from, size_t to) {
+static void ask(const struct attention *a, const struct unit *u, size_t block, size_t from, size_t to) {
   size_t begin = block < from ? from / LANES * LANES : block, end = to - block < KEYS ? to : block + KEYS;
+  size_t page = page_at(a, a->sequences + u->sequence, u->group, block);
   for (size_t tile = begin; tile < end; tile += LANES) {
-    size_t row = group * a->capacity + tile % a->capacity, filled = end - tile < LANES ? end - tile : LANES;
-    for (size_t i = 0; i < a->dim; i++) __builtin_prefetch(a->keys + row * a->dim + i * LANES, 0, 2);
-    for (size_t i = 0; i < filled * a->dim; i += LANES) __builtin_prefetch(a->values + row * a->dim + i, 0, 2);
+    size_t row = page + tile % a->page * a->dim, filled = end - tile < LANES ? end - tile : LANES;
+    for (size_t i = 0; i < a->dim; i++) __builtin_prefetch(a->keys + row + i * LANES, 0, 2);
+    for (size_t i = 0; i < filled * a->dim; i += LANES) __builtin_prefetch(a->values + row + i, 0, 2);
   }
+}
+
+static void ask_first(const struct attention *a, const struct unit *u) {
+  struct reach r = reach_of(a, u);
+  if (r.from < r.to) ask(a, u, r.from / KEYS * KEYS, r.from, r.to);
 }
 
 static void finish(const struct attention *a, size_t token, size_t head, float sum, const float *acc) {
@@ -152,83 +182,107 @@ static void finish(const struct attention *a, size_t token, size_t head, float s
   for (size_t i = 0; i < a->dim; i += LANES) store(out + i, load(acc + i) * all(factor));
 }
 
-static void attend(const struct attention *a, size_t unit) {
-  size_t dim = a->dim, per = a->heads / a->groups, blocks = token_blocks(a);
-  size_t token = unit % blocks * tokens_at_once(a), group = unit / blocks % a->groups;
-  size_t chunk = unit / blocks / a->groups;
-  size_t count = a->tokens - token < tokens_at_once(a) ? a->tokens - token : tokens_at_once(a);
-  size_t rows = count * per, first = a->past + token, last = first + count - 1;
-  size_t from = seen_from(a, first), to = last + 1; // positions that some row sees
-  if (a->chunks > 1) {
-    size_t begin = (a->first_chunk + chunk) * CHUNK;
-    from = from > begin ? from : begin;
-    to = to < begin + CHUNK ? to : begin + CHUNK;
-  }
+// Adds a chunk to those before it. One in which the row sees nothing changes no bit.
+INLINE void merge(float *most, float *sum, float *acc, float its_most, float its_sum, const float *its, size_t dim) {
+  float high = its_most > *most ? its_most : *most;
+  lanes_f keep = exponential(all(*most - high)), weight = exponential(all(its_most - high));
+  *most = high;
+  *sum = __builtin_fmaf(weight[0], its_sum, keep[0] * *sum);
+  for (size_t i = 0; i < dim; i += LANES) store(acc + i, fma_lanes(weight, load(its + i), keep * load(acc + i)));
+}
 
-  if (!group) ask(a, 0, from / KEYS * KEYS, from, to);
-  float q[ROWS * MOST_DIM], acc[ROWS * MOST_DIM], s[ROWS * KEYS], most[ROWS];
+// Sums over positions from .. to - 1, all of one chunk: maxima, sums and weighted values of a unit's rows.
+static void sum_chunk(const struct attention *a, const struct unit *u, const struct unit *next, size_t from, size_t to,
+                      size_t end, const float *q, float *most, float *sums, float *acc) {
+  const struct sequence *sequence = a->sequences + u->sequence;
+  size_t dim = a->dim, per = a->heads / a->groups, rows = u->count * per, first = sequence->past + u->token;
+  float s[ROWS * KEYS];
   lanes_f sum[ROWS];
   for (size_t r = 0; r < rows; r++) {
-    size_t t = token + r / per, head = group * per + r % per;
-    turn(a, a->q + (t * a->heads + head) * dim, a->q_gamma, a->turns + t * 2 * a->half, 1.0f / sqrtf((float)dim),
-         q + r * dim);
     most[r] = NOTHING;
     sum[r] = all(0);
   }
   memset(acc, 0, rows * dim * sizeof *acc);
-
-  const float *group_keys = a->keys + group * a->capacity * dim;
-  const float *group_values = a->values + group * a->capacity * dim;
   for (size_t block = from / KEYS * KEYS; block < to; block += KEYS) {
-    if (block + KEYS < to) ask(a, group, block + KEYS, from, to);
-    else if (group + 1 < a->groups) ask(a, group + 1, from / KEYS * KEYS, from, to);
+    if (block + KEYS < end) ask(a, u, block + KEYS, from, end);
+    else if (next) ask_first(a, next);
+    size_t page = page_at(a, sequence, u->group, block), row = block % a->page;
     const float *keys[KEYS / LANES];
-    for (size_t k = 0; k < KEYS / LANES; k++) keys[k] = group_keys + (block + k * LANES) % a->capacity * dim;
+    for (size_t k = 0; k < KEYS / LANES; k++) keys[k] = a->keys + page + (row + k * LANES) * dim;
     size_t first_tile = from < block ? 0 : (from - block) / LANES;
     size_t end_tile = to - block < KEYS ? (to - block + LANES - 1) / LANES : KEYS / LANES;
     scores(rows, first_tile, end_tile, dim, q, keys, s);
     for (size_t r = 0; r < rows; r++) {
-      size_t position = first + r / per, begin = seen_from(a, position), end = position + 1;
+      size_t position = first + r / per, begin = seen_from(a, position), stop = position + 1;
       begin = begin < from ? from : begin;
-      end = end > to ? to : end;
+      stop = stop > to ? to : stop;
       begin = begin < block ? 0 : begin - block < KEYS ? begin - block : KEYS;
-      end = end < block ? 0 : end - block < KEYS ? end - block : KEYS;
-      if (begin < end) soften(s + r * KEYS, begin, end, most + r, sum + r, acc + r * dim, dim);
+      stop = stop < block ? 0 : stop - block < KEYS ? stop - block : KEYS;
+      if (begin < stop) soften(s + r * KEYS, begin, stop, most + r, sum + r, acc + r * dim, dim);
       else memset(s + r * KEYS, 0, KEYS * sizeof *s);
     }
     // Only rows that some query sees are read as values: what lies in the others must not count, even times 0.
-    for (size_t k = 0; k < KEYS; k += LANES) {
-      size_t begin = from > block + k ? from : block + k, end = to < block + k + LANES ? to : block + k + LANES;
-      if (begin < end)
-        mix_all(rows, dim, s + (begin - block), group_values + begin % a->capacity * dim, end - begin, acc);
-    }
+    size_t begin = from > block ? from - block : 0, stop = to - block < KEYS ? to - block : KEYS;
+    mix_all(rows, dim, s + begin, a->values + page + (row + begin) * dim, stop - begin, acc);
   }
+  for (size_t r = 0; r < rows; r++) sums[r] = sum_of(sum[r]);
+}
 
+static void attend_unit(const struct attention *a, const struct unit *u, const struct unit *next) {
+  const struct sequence *sequence = a->sequences + u->sequence;
+  size_t dim = a->dim, per = a->heads / a->groups, rows = u->count * per;
+  size_t token = sequence->begin + u->token, head = u->group * per;
+  float q[ROWS * MOST_DIM], acc[ROWS * MOST_DIM], most[ROWS], sums[ROWS];
   for (size_t r = 0; r < rows; r++) {
-    size_t t = token + r / per, head = group * per + r % per;
-    if (a->chunks == 1) {
-      finish(a, t, head, sum_of(sum[r]), acc + r * dim);
+    size_t t = token + r / per;
+    turn(a, a->q + (t * a->heads + head + r % per) * dim, a->q_gamma, a->turns + t * 2 * a->half,
+         1.0f / sqrtf((float)dim), q + r * dim);
+  }
+  struct reach reach = reach_of(a, u);
+  for (size_t c = 0; c < reach.chunks; c++) {
+    size_t begin = (reach.chunk + c) * CHUNK, end = begin + CHUNK;
+    begin = begin < reach.from ? reach.from : begin;
+    end = end < reach.to ? end : reach.to;
+    if (!c) {
+      sum_chunk(a, u, next, begin, end, reach.to, q, most, sums, acc);
+      continue;
+    }
+    float more[ROWS * MOST_DIM], its_most[ROWS], its_sums[ROWS];
+    sum_chunk(a, u, next, begin, end, reach.to, q, its_most, its_sums, more);
+    for (size_t r = 0; r < rows; r++)
+      merge(most + r, sums + r, acc + r * dim, its_most[r], its_sums[r], more + r * dim, dim);
+  }
+  for (size_t r = 0; r < rows; r++) {
+    size_t t = u->token + r / per;
+    if (!sequence->parts) {
+      finish(a, sequence->begin + t, head + r % per, sums[r], acc + r * dim);
     } else {
-      float *part = a->parts + ((chunk * a->tokens + t) * a->heads + head) * (dim + 2);
+      float *part =
+          sequence->parts + ((u->chunk * sequence->tokens + t) * a->heads + head + r % per) * (dim + 2);
       part[0] = most[r];
-      part[1] = sum_of(sum[r]);
+      part[1] = sums[r];
       memcpy(part + 2, acc + r * dim, dim * sizeof *acc);
     }
   }
 }
 
+static void attend(const struct attention *a, size_t begin, size_t end) {
+  if (begin < end) ask_first(a, a->units + begin);
+  for (size_t unit = begin; unit < end; unit++)
+    attend_unit(a, a->units + unit, unit + 1 < end ? a->units + unit + 1 : NULL);
+}
+
 static void combine(const struct attention *a, size_t token) {
-  size_t dim = a->dim, step = a->tokens * a->heads * (dim + 2);
+  const struct sequence *s = a->places[token].sequence;
+  if (!s->parts) return;
+  size_t dim = a->dim, step = s->tokens * a->heads * (dim + 2);
   for (size_t head = 0; head < a->heads; head++) {
-    const float *parts = a->parts + (token * a->heads + head) * (dim + 2);
-    float most = NOTHING, sum = 0.0f, acc[MOST_DIM] = {0};
-    for (size_t c = 0; c < a->chunks; c++) most = parts[c * step] > most ? parts[c * step] : most;
-    for (size_t c = 0; c < a->chunks; c++) {
-      const float *part = parts + c * step;
-      float weight = exponential(all(part[0] - most))[0];
-      sum = __builtin_fmaf(weight, part[1], sum);
-      for (size_t i = 0; i < dim; i += LANES)
-        store(acc + i, fma_lanes(all(weight), load(part + 2 + i), load(acc + i)));
+    const float *part = s->parts + ((token - s->begin) * a->heads + head) * (dim + 2);
+    float most = part[0], sum = part[1], acc[MOST_DIM];
+    memcpy(acc, part + 2, dim * sizeof *acc);
+    for (size_t c = 1; c < s->chunks; c++) {
+      part += step;
+      merge(&most, &sum, acc, part[0], part[1], part + 2, dim);
     }
     finish(a, token, head, sum, acc);
   }

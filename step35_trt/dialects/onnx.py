@@ -1,7 +1,8 @@
-"""The onnx dialect: the vocabulary as an ONNX graph over one sequence's packed tokens.
+"""The onnx dialect: the vocabulary as an ONNX graph over packed tokens.
 
-What every spelling shares is here; `onnx_standard` and `onnx_ort` say how products, the embedding and the
-two plugins are written in plain opset 24 and in ONNX Runtime's contributed operators.
+What every spelling shares is here; `onnx_standard`, `onnx_ort` and `onnx_cpu` say how products, the
+embedding and the two plugins are written in plain opset 24, in ONNX Runtime's contributed operators and with
+our own. The first two make graphs over one sequence, for any program to run; the last makes the engines'.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ class OnnxOps:
 def decoder_graph(config: Step35Config, store: WeightStore, spelling: Spelling) -> GraphWriter:
     """The main stack.
 
-    Inputs `token_ids [t]`, `past_length [1]`, `rows [r]` int64 and a cache for each layer; outputs
-    `logits [r, V]`, `hidden [t, D]` and the caches.
+    Inputs `token_ids [t]`, `rows [r]` int64, what the spelling's attention has to know of the sequences, and
+    each layer's cache; outputs `logits [r, V]`, `hidden [t, D]` and the caches.
     """
     g = GraphWriter(store, spelling.passes)
     ids, rows = _declare(g)
@@ -198,7 +199,6 @@ def mtp_graph(config: Step35Config, store: WeightStore, spelling: Spelling, modu
 
 def _declare(g: GraphWriter) -> tuple[ir.Value, ir.Value]:
     ids = g.input("token_ids", ir.DataType.INT64, ("t",))
-    g.input("past_length", ir.DataType.INT64, (1,))
     return ids, g.input("rows", ir.DataType.INT64, ("r",))
 
 

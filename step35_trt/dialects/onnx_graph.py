@@ -64,8 +64,9 @@ class GraphWriter:
         return value
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        """Declare a graph input."""
-        self.inputs[name] = ir.val(name, dtype, shape)
+        """A graph input, declared where it is first asked for."""
+        if name not in self.inputs:
+            self.inputs[name] = ir.val(name, dtype, shape)
         return self.inputs[name]
 
     def constant(self, values: NDArray[np.generic] | int | float | list[int]) -> ir.Value:
@@ -111,9 +112,9 @@ class GraphWriter:
         return self._shared[key]
 
     def cache(self, spec: CacheSpec) -> tuple[ir.Value, ir.Value]:
-        """Declare a layer's cache inputs."""
+        """Declare a layer's cache inputs: keys and values."""
         self.caches.append(spec)
-        shape = (1, spec.kv_heads, f"capacity_{spec.layer}", spec.head_dim)
+        shape = _cache_shape(spec)
         return (
             self.input(f"past_key.{spec.layer}", ir.DataType.FLOAT, shape),
             self.input(f"past_value.{spec.layer}", ir.DataType.FLOAT, shape),
@@ -121,7 +122,7 @@ class GraphWriter:
 
     def cached(self, spec: CacheSpec, keys: ir.Value, values: ir.Value) -> None:
         """Declare a layer's cache outputs."""
-        shape = (1, spec.kv_heads, f"capacity_{spec.layer}", spec.head_dim)
+        shape = _cache_shape(spec)
         for name, value in ((f"key.{spec.layer}", keys), (f"value.{spec.layer}", values)):
             self.output(name, value, shape)
 
@@ -131,20 +132,24 @@ class GraphWriter:
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self.outputs[name] = value
 
+    def past_length(self) -> ir.Value:
+        """Rows before this call, of a graph over one sequence: int64 `[1]`."""
+        return self.input("past_length", ir.DataType.INT64, (1,))
+
     def total_length(self) -> ir.Value:
-        """Rows after this call, int64 `[1]`."""
+        """Rows after this call, of a graph over one sequence: int64 `[1]`."""
 
         def make() -> ir.Value:
-            return self.op("Add", self.inputs["past_length"], self.op("Shape", self.inputs["token_ids"]))
+            return self.op("Add", self.past_length(), self.op("Shape", self.inputs["token_ids"]))
 
         return self.shared("total_length", make)
 
     def positions(self) -> ir.Value:
-        """Positions of the call's tokens, int64 `[t]`."""
+        """Positions of the call's tokens, of a graph over one sequence: int64 `[t]`."""
 
         def make() -> ir.Value:
             scalar = self.constant(np.array([], np.int64))
-            first = self.op("Reshape", self.inputs["past_length"], scalar)
+            first = self.op("Reshape", self.past_length(), scalar)
             last = self.op("Reshape", self.total_length(), scalar)
             return self.op("Range", first, last, self.constant(1))
 
@@ -166,3 +171,9 @@ class GraphWriter:
         for change in self.passes:
             change(model)
         return model
+
+
+def _cache_shape(spec: CacheSpec) -> tuple[int | str, ...]:
+    if spec.kind == "paged":
+        return (f"pages_{spec.table}", spec.kv_heads, "page", spec.head_dim)
+    return (1, spec.kv_heads, f"capacity_{spec.layer}", spec.head_dim)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from step35_trt.dialects.onnx_attention import composed
 from step35_trt.dialects.onnx_graph import CONTRIB
-from step35_trt.program import CacheKind, CacheSpec
+from step35_trt.program import CacheSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,14 +136,7 @@ class OrtSpelling:
 
 
 def _attend(g: GraphWriter, heads: Heads, layer: LayerSpec) -> ir.Value:
-    kind: CacheKind = "compacting" if layer.window else "linear"
-    spec = CacheSpec(
-        layer=layer.index,
-        kind=kind,
-        kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        window=layer.window,
-    )
+    spec = CacheSpec.of(layer, "compacting" if layer.window else "linear")
     total = g.shared(
         "total_int32",
         lambda: g.op("Cast", g.op("Squeeze", g.total_length()), to=ir.DataType.INT32),

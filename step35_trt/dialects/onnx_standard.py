@@ -93,16 +93,10 @@ class StandardSpelling:
 
 def _attend(g: GraphWriter, heads: Heads, layer: LayerSpec) -> ir.Value:
     d, groups = layer.head_dim, layer.kv_heads
-    spec = CacheSpec(
-        layer=layer.index,
-        kind="ring" if layer.window else "linear",
-        kv_heads=groups,
-        head_dim=d,
-        window=layer.window,
-    )
+    spec = CacheSpec.of(layer, "ring" if layer.window else "linear")
     past_key, past_value = g.cache(spec)
     capacity = g.op("Shape", past_key, start=2, end=3)
-    at = g.op("Mod", g.inputs["past_length"], capacity)
+    at = g.op("Mod", g.past_length(), capacity)
 
     def write(past: ir.Value, new: ir.Value) -> ir.Value:
         split = g.op("Reshape", new, g.constant([1, -1, groups, d]))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """The result of running T tokens.
+    """The result of running T tokens of one sequence.
 
     Attributes:
         logits: `[R, V]` fp32, one row for each requested row.
@@ -28,11 +30,53 @@ class Step:
     hidden: Floats
 
 
+@dataclass(frozen=True)
+class Call:
+    """Tokens to append to one sequence: its part of a packed step.
+
+    Attributes:
+        sequence: Of the session that runs the step, and open.
+        token_ids: `[T]`, at least one; for MTP module k, row p takes token p+1+k (specification 3.2).
+        rows: `[R]` of them whose logits are wanted, ascending.
+        hidden: `[T, D]` for an MTP module: what the decoder (module 0) or the module before put out for the
+            same rows; None for the decoder.
+    """
+
+    sequence: Sequence
+    token_ids: Ids
+    rows: Ids
+    hidden: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a session has room for beside what its open sequences hold.
+
+    Within it nothing fails: a scheduler that admits a sequence only when its whole length fits here, beside
+    what it promised to those that run, never sees a `DoesNotFitError`.
+
+    Attributes:
+        sequences: How many more may be opened.
+        rows: Rows that new and open sequences may still take together. Cached prefixes that no open sequence
+            holds count as free.
+        page_rows: Rows are given out in pages of so many.
+    """
+
+    sequences: int
+    rows: int
+    page_rows: int
+
+    def rows_for(self, length: int) -> int:
+        """Rows that a sequence of `length` rows takes: whole pages."""
+        return -(-length // self.page_rows) * self.page_rows
+
+
 class Sequence(Protocol):
     """The caches of one sequence: the decoder's and each MTP module's, all counted in rows (positions).
 
     A row is appended at position `length`; `truncate` may take back rows of the latest call only, which is
-    what rejected drafts need, and must leave exactly the state in which they never were.
+    what rejected drafts need, and must leave exactly the state in which they never were. Of a call of many
+    tokens no more than `MOST_REJECTED` rows can be taken back.
     """
 
     @property
@@ -41,11 +85,7 @@ class Sequence(Protocol):
         ...
 
     def decode(self, token_ids: Ids, rows: Ids) -> Step:
-        """Append `token_ids` `[T]` to the decoder; `rows` `[R]` index those whose logits are wanted.
-
-        Raises:
-            DoesNotFitError: the context limit would be passed.
-        """
+        """`Session.decode` with this sequence alone."""
         ...
 
     def truncate(self, length: int) -> None:
@@ -57,16 +97,23 @@ class Sequence(Protocol):
         ...
 
     def draft(self, module: int, token_ids: Ids, hidden: Floats, rows: Ids) -> Step:
-        """Append rows to an MTP module: row p takes token p+1+module and `hidden` of row p (spec 3.2)."""
+        """`Session.draft` with this sequence alone."""
         ...
 
     def truncate_draft(self, module: int, length: int) -> None:
         """Forget rows of a module at and after `length`."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds. It cannot be used after that; closing again does nothing.
+
+        A sequence that nobody refers to any more closes itself.
+        """
+        ...
+
 
 class Session(Protocol):
-    """A loaded bundle."""
+    """A loaded bundle. One thread uses it at a time."""
 
     @property
     def config(self) -> Step35Config:
@@ -80,9 +127,47 @@ class Session(Protocol):
 
     @property
     def prefill_chunk(self) -> int:
-        """Tokens a single call should take at most."""
+        """Tokens that a single step should take at most, all its calls together."""
         ...
 
-    def open(self) -> Sequence:
-        """Start an empty sequence."""
+    @property
+    def capacity(self) -> Capacity:
+        """What there is room for now."""
         ...
+
+    def open(self, prompt_ids: Ids | None = None, modules: int | None = None) -> Sequence:
+        """Start a sequence: empty, or with what earlier sequences left of the same prompt.
+
+        With `prompt_ids` `[T]` the sequence starts with the longest prefix of them whose rows are still
+        cached: `length` and the `draft_length` of each module that will run are that prefix's length, a
+        multiple of the page (0 where nothing is cached). At least one token of the prompt is left to run,
+        and as many as the last of these modules looks ahead; the caller decodes from `length` on.
+
+        Args:
+            prompt_ids: What the sequence will begin with.
+            modules: How many MTP modules will run on it, the first ones; absent: all. The others may not.
+
+        Raises:
+            DoesNotFitError: as many sequences are open as the session may hold.
+        """
+        ...
+
+    def decode(self, calls: SequenceOf[Call]) -> list[Step]:
+        """One packed decoder step: append each call's tokens to its sequence. A sequence comes at most once.
+
+        Returns:
+            The result of each call, in order.
+
+        Raises:
+            DoesNotFitError: a sequence would pass the context limit, or there are not enough pages for all
+                of them; no sequence has changed.
+        """
+        ...
+
+    def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
+        """One packed step of MTP module `module`, as `decode`; every call has `hidden`."""
+        ...
+
+
+# Rows that a caller may take back from the latest call: three drafts, and a few to spare.
+MOST_REJECTED = 8

@@ -9,13 +9,18 @@ import torch
 
 from step35_trt import model
 from step35_trt.dialects.torch import CheckpointWeights, SequenceBatch, TorchOps
-from step35_trt.runtime.session import Step
+from step35_trt.runtime.packing import UNBOUNDED, Packed, check_context
+from step35_trt.runtime.session import Call
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    import numpy as np
+
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.config import Step35Config
     from step35_trt.dialects.torch import Kernels, Rows, Weights
-    from step35_trt.runtime.session import Floats, Ids
+    from step35_trt.runtime.session import Capacity, Floats, Ids, Step
 
 
 @dataclass(frozen=True)
@@ -49,65 +54,94 @@ class TorchSession:
         """See `Session`."""
         return self.config.max_position_embeddings
 
-    def open(self) -> TorchSequence:
+    @property
+    def capacity(self) -> Capacity:
         """See `Session`."""
+        return UNBOUNDED
+
+    def open(self, prompt_ids: Ids | None = None, modules: int | None = None) -> TorchSequence:
+        """See `Session`; nothing is kept of earlier sequences."""
         return TorchSequence(self)
+
+    def decode(self, calls: SequenceOf[Call]) -> list[Step]:
+        """See `Session`."""
+        sequences = [_own(call) for call in calls]
+        packed, ops = self._packed(calls, [sequence.length for sequence in sequences])
+        with torch.inference_mode():
+            out = model.decoder(ops, self.config, self._tensor(packed.token_ids), self._tensor(packed.rows))
+        for sequence, length in zip(sequences, packed.lengths, strict=True):
+            sequence.length += length
+        return packed.split(*map(_array, out))
+
+    def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
+        """See `Session`."""
+        sequences = [_own(call) for call in calls]
+        packed, ops = self._packed(calls, [sequence.draft_length(module) for sequence in sequences])
+        assert packed.hidden is not None
+        with torch.inference_mode():
+            carried = torch.from_numpy(packed.hidden).to(self._embedding)
+            ids, rows = self._tensor(packed.token_ids), self._tensor(packed.rows)
+            out = model.mtp_module(ops, self.config, module, ids, carried, rows)
+        for sequence, length in zip(sequences, packed.lengths, strict=True):
+            sequence.drafts[module] = sequence.draft_length(module) + length
+        return packed.split(*map(_array, out))
+
+    def _packed(self, calls: SequenceOf[Call], pasts: list[int]) -> tuple[Packed, TorchOps]:
+        check_context(calls, pasts, self.max_tokens)
+        packed = Packed.of(calls)
+        caches = tuple(_own(call).caches for call in calls)
+        batch = SequenceBatch(packed.lengths, tuple(pasts), caches)
+        return packed, TorchOps(self.weights, batch, self.kernels)
+
+    @property
+    def _embedding(self) -> torch.Tensor:
+        return self.weights.tensor("model.embed_tokens.weight")
+
+    def _tensor(self, numbers: Ids) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self._embedding.device)
 
 
 @dataclass
 class TorchSequence:
-    """`Sequence` with caches that forget nothing."""
+    """`Sequence` with caches that forget nothing: a layer's rows by its index, a module's length by its."""
 
     session: TorchSession
     length: int = 0
-    _drafts: dict[int, int] = field(default_factory=dict)
-    _caches: dict[int, Rows] = field(default_factory=dict)
+    drafts: dict[int, int] = field(default_factory=dict)
+    caches: dict[int, Rows] = field(default_factory=dict)
 
     def decode(self, token_ids: Ids, rows: Ids) -> Step:
         """See `Sequence`."""
-        ops = self._ops(len(token_ids), self.length)
-        with torch.inference_mode():
-            logits, hidden = model.decoder(
-                ops, self.session.config, self._tensor(token_ids), self._tensor(rows)
-            )
-        self.length += len(token_ids)
-        return _step(logits, hidden)
+        return self.session.decode([Call(self, token_ids, rows)])[0]
 
     def truncate(self, length: int) -> None:
         """See `Sequence`."""
         for layer in self.session.config.layers:
-            self._caches[layer.index].truncate(length)
+            self.caches[layer.index].truncate(length)
         self.length = length
 
     def draft_length(self, module: int) -> int:
         """See `Sequence`."""
-        return self._drafts.get(module, 0)
+        return self.drafts.get(module, 0)
 
     def draft(self, module: int, token_ids: Ids, hidden: Floats, rows: Ids) -> Step:
         """See `Sequence`."""
-        config = self.session.config
-        ops = self._ops(len(token_ids), self.draft_length(module))
-        with torch.inference_mode():
-            embedding = self.session.weights.tensor("model.embed_tokens.weight")
-            carried = torch.from_numpy(hidden).to(embedding)
-            logits, out = model.mtp_module(
-                ops, config, module, self._tensor(token_ids), carried, self._tensor(rows)
-            )
-        self._drafts[module] = self.draft_length(module) + len(token_ids)
-        return _step(logits, out)
+        return self.session.draft(module, [Call(self, token_ids, rows, hidden)])[0]
 
     def truncate_draft(self, module: int, length: int) -> None:
         """See `Sequence`."""
-        self._caches[self.session.config.mtp_layers[module].index].truncate(length)
-        self._drafts[module] = length
+        self.caches[self.session.config.mtp_layers[module].index].truncate(length)
+        self.drafts[module] = length
 
-    def _ops(self, tokens: int, past: int) -> TorchOps:
-        batch = SequenceBatch((tokens,), (past,), (self._caches,))
-        return TorchOps(self.session.weights, batch, self.session.kernels)
-
-    def _tensor(self, numbers: Ids) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(self.session.weights.tensor("model.embed_tokens.weight").device)
+    def close(self) -> None:
+        """See `Sequence`."""
+        self.caches.clear()
 
 
-def _step(logits: torch.Tensor, hidden: torch.Tensor) -> Step:
-    return Step(logits.float().cpu().numpy(), hidden.float().cpu().numpy())
+def _own(call: Call) -> TorchSequence:
+    assert isinstance(call.sequence, TorchSequence)
+    return call.sequence
+
+
+def _array(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from step35_trt.config import Step35Config
-from step35_trt.errors import DoesNotFitError
-from step35_trt.runtime.session import Step
+from step35_trt.runtime.packing import UNBOUNDED, check_context
+from step35_trt.runtime.session import Call, Capacity, Step
 
 if TYPE_CHECKING:
     from step35_trt.runtime.sampling import SamplingParams
@@ -100,9 +100,10 @@ class FakeSession:
     max_tokens: int = 4096
     prefill_chunk: int = 512
     clock: FakeClock = field(default_factory=FakeClock)
-    decode_seconds: float = 1.0  # a call
+    decode_seconds: float = 1.0  # a step
     token_seconds: float = 0.25  # each further token of it
     draft_seconds: float = 0.125  # a row of a module
+    capacity: Capacity = UNBOUNDED
     checked: bool = True  # off where a test is about numbers only and long
     opened: list[FakeSequence] = field(default_factory=list)
 
@@ -115,9 +116,29 @@ class FakeSession:
         )
         return config
 
-    def open(self) -> FakeSequence:
+    def open(self, prompt_ids: Any = None, modules: int | None = None) -> FakeSequence:
         self.opened.append(FakeSequence(self))
         return self.opened[-1]
+
+    def decode(self, calls: Any) -> list[Step]:
+        check_context(calls, [call.sequence.length for call in calls], self.max_tokens)
+        self._check_step(calls)
+        self.clock.now += self.decode_seconds + self.token_seconds * (_tokens(calls) - 1)
+        return [call.sequence.append(call.token_ids, call.rows) for call in calls]
+
+    def draft(self, module: int, calls: Any) -> list[Step]:
+        self._check_step(calls)
+        self.clock.now += self.draft_seconds * _tokens(calls)
+        return [call.sequence.append_draft(module, call.token_ids, call.hidden, call.rows) for call in calls]
+
+    def _check_step(self, calls: Any) -> None:
+        assert calls
+        assert all(call.sequence.session is self for call in calls)
+        assert not self.checked or _tokens(calls) <= self.prefill_chunk
+
+
+def _tokens(calls: Any) -> int:
+    return sum(len(call.token_ids) for call in calls)
 
 
 class FakeSequence:
@@ -126,22 +147,24 @@ class FakeSequence:
         self.decoder = Cache()
         self.modules = [Cache() for _ in session.model.heads]
         self.calls: list[tuple[int, int, int]] = []  # who ran, rows, rows whose logits were wanted
+        self.closed = False
 
     @property
     def length(self) -> int:
         return len(self.decoder.tokens)
 
     def decode(self, token_ids: Any, rows: Any) -> Step:
+        return self.session.decode([Call(self, token_ids, rows)])[0]
+
+    def append(self, token_ids: Any, rows: Any) -> Step:
+        assert not self.closed
         first, tokens = self.length, token_ids.tolist()
-        if first + len(tokens) > self.session.max_tokens:
-            raise DoesNotFitError("the sequence is full")
         if self.session.checked:
             self._check_call(token_ids, rows)
             self._check_drafts(tokens)
         before = [self.decoder.tokens[-1] if first else 0, *tokens[:-1]]
         self.decoder.extend(tokens, [0] * len(tokens))
         self.calls.append((DECODER, len(tokens), len(rows)))
-        self.session.clock.now += self.session.decode_seconds + self.session.token_seconds * (len(tokens) - 1)
         logits = self.session.model.decoder[np.array(before)[rows], token_ids[rows]]
         return Step(logits, self._hidden(self.decoder, DECODER))
 
@@ -152,6 +175,10 @@ class FakeSequence:
         return len(self.modules[module].tokens)
 
     def draft(self, module: int, token_ids: Any, hidden: Any, rows: Any) -> Step:
+        return self.session.draft(module, [Call(self, token_ids, rows, hidden)])[0]
+
+    def append_draft(self, module: int, token_ids: Any, hidden: Any, rows: Any) -> Step:
+        assert not self.closed
         cache, tokens, inputs = self.modules[module], token_ids.tolist(), hidden.astype(int).tolist()
         if self.session.checked:
             self._check_call(token_ids, rows)
@@ -160,11 +187,13 @@ class FakeSequence:
             self._check_rows(module, tokens, inputs)
         cache.extend(tokens, [entry[2] for entry in inputs])
         self.calls.append((module, len(tokens), len(rows)))
-        self.session.clock.now += self.session.draft_seconds * len(tokens)
         before = np.array([entry[1] for entry in inputs])
         return Step(
             self.session.model.heads[module][before[rows], token_ids[rows]], self._hidden(cache, module)
         )
+
+    def close(self) -> None:
+        self.closed = True
 
     def truncate_draft(self, module: int, length: int) -> None:
         self.modules[module].truncate(length)

@@ -1,0 +1,210 @@
+"""A graph of ONNX Runtime over the pages of all its sequences."""
+
+from __future__ import annotations
+
+import platform
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError
+from step35_trt.runtime.kv_pages import NONE, PAGE_ROWS, PagePool, PageTable, pages_for
+from step35_trt.runtime.kv_rows import CachedRows
+from step35_trt.runtime.session import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+    from pathlib import Path
+
+    from step35_trt.config import Step35Config
+    from step35_trt.program import CacheSpec
+    from step35_trt.runtime.packing import Packed
+    from step35_trt.runtime.session import Floats
+
+MOST_KEPT = 64  # bindings, and tokens of a call whose binding is kept
+
+
+def inference_session(model: Path, library: Path | None = None) -> ort.InferenceSession:
+    """Load a graph and the operators it needs; one thread for each core.
+
+    Raises:
+        UnsupportedError: the operators were compiled for another kind of processor.
+        CorruptInputError: the runtime refuses the file.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Between two calls the sampler needs the cores; spinning workers would hold them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if library is not None:
+        if platform.machine() not in library.name:
+            raise UnsupportedError(
+                f"the bundle's operators {library.name} are not for this machine ({platform.machine()})",
+                "Build the bundle on a machine of this kind.",
+            )
+        options.register_custom_ops_library(str(library))
+    try:
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions have no common base
+        first_line = str(error).splitlines()[0]
+        raise CorruptInputError(f"{model.name} cannot be loaded: {first_line}") from None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A binding for calls of one size, with the arrays it reads and writes; it knows their addresses only."""
+
+    binding: Any
+    inputs: dict[str, Any]
+    logits: Floats
+    hidden: Floats
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Where calls whose binding is kept put their results."""
+
+    logits: Floats
+    hidden: Floats
+
+    @classmethod
+    def empty(cls, rows: int, tokens: int, config: Step35Config) -> _Results:
+        return cls(
+            np.empty((rows, config.vocab_size), np.float32),
+            np.empty((tokens, config.hidden_size), np.float32),
+        )
+
+
+class CachedGraph:
+    """A graph and the pages of all sequences that run on it.
+
+    Args:
+        graph: The loaded graph.
+        specs: Its caches.
+        ahead: Tokens that its rows look ahead (see `CachedRows`).
+        rows: The most that all sequences may have together, a whole number of pages.
+        sequences: Of layers with a window, as many windows are kept for sequences to come.
+        config: The model.
+
+    Raises:
+        DoesNotFitError: so many rows do not fit into the address space.
+    """
+
+    def __init__(
+        self,
+        graph: ort.InferenceSession,
+        specs: SequenceOf[CacheSpec],
+        ahead: int,
+        rows: int,
+        sequences: int,
+        config: Step35Config,
+    ) -> None:
+        self._graph, self._config, self._ahead = graph, config, ahead
+        self._windows = {spec.table: spec.window for spec in specs}
+        every = pages_for(rows)
+        self.pools = {
+            # A window that begins within a page takes one page more.
+            table: PagePool(every, sequences * (pages_for(window) + 1) if window else every)
+            for table, window in self._windows.items()
+        }
+        try:
+            # Memory is not taken before a page is first written.
+            self._pages = {
+                f"{name}.{spec.layer}": np.empty(
+                    (pages_for(rows), spec.kv_heads, PAGE_ROWS, spec.head_dim), np.float32
+                )
+                for spec in specs
+                for name in ("key", "value")
+            }
+        except MemoryError:
+            raise DoesNotFitError(
+                f"caches of {rows} rows do not fit", "Build with a smaller max_tokens or max_sequences."
+            ) from None
+        self._kept: OrderedDict[tuple[int, ...], _Call] = OrderedDict()
+        self._results = _Results.empty(MOST_KEPT, MOST_KEPT, config)
+
+    def rows(self) -> CachedRows:
+        """Those of a new sequence: none."""
+        tables = (PageTable(table, self.pools[table], window) for table, window in self._windows.items())
+        return CachedRows(tuple(tables), self._ahead)
+
+    def run(self, held: SequenceOf[CachedRows], packed: Packed) -> list[Step]:
+        """Append each call's tokens to its sequence.
+
+        Raises:
+            DoesNotFitError: there are not enough pages; nothing has changed.
+        """
+        self._reserve(held, packed)
+        tokens, wanted = len(packed.token_ids), len(packed.rows)
+        width = max(pages_for(rows.length + t) for rows, t in zip(held, packed.lengths, strict=True))
+        # Widths are powers of two: a binding is not made anew with every page.
+        size = tokens, wanted, len(held), 1 << (width - 1).bit_length()
+        call = self._kept.get(size)
+        if call is None:
+            call = self._bound(*size, packed.hidden is not None)
+        _fill(call.inputs, held, packed)
+        self._graph.run_with_iobinding(call.binding)
+        steps = packed.split(call.logits, call.hidden)
+        if tokens > MOST_KEPT:
+            return steps
+        self._kept[size] = call
+        self._kept.move_to_end(size)
+        if len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return [Step(step.logits.copy(), step.hidden.copy()) for step in steps]
+
+    def _reserve(self, held: SequenceOf[CachedRows], packed: Packed) -> None:
+        after = [
+            (table, rows.length + tokens)
+            for rows, tokens in zip(held, packed.lengths, strict=True)
+            for table in rows.tables
+        ]
+        for pool in self.pools.values():
+            missing = sum(table.missing(length) for table, length in after if table.pool is pool)
+            if missing > pool.free:
+                raise DoesNotFitError(
+                    f"{missing * PAGE_ROWS} more rows are needed, the caches have {pool.free * PAGE_ROWS}",
+                    "Run fewer or shorter sequences at once, or build with a larger max_sequences.",
+                )
+        for table, length in after:
+            table.reserve(length)
+
+    def _bound(self, tokens: int, rows: int, sequences: int, width: int, carries: bool) -> _Call:
+        inputs: dict[str, Any] = {
+            "token_ids": np.zeros(tokens, np.int64),
+            "rows": np.zeros(rows, np.int64),
+            "starts": np.zeros(sequences + 1, np.int64),
+            "pasts": np.zeros(sequences, np.int64),
+            **{f"pages.{table}": np.full((sequences, width), NONE, np.int64) for table in self._windows},
+        }
+        if carries:
+            inputs["carried"] = np.zeros((tokens, self._config.hidden_size), np.float32)
+        kept = max(tokens, rows) <= MOST_KEPT
+        results = self._results if kept else _Results.empty(rows, tokens, self._config)
+        call = _Call(self._graph.io_binding(), inputs, results.logits[:rows], results.hidden[:tokens])
+        for name, array in inputs.items():
+            call.binding.bind_cpu_input(name, array)
+        for name, array in self._pages.items():
+            call.binding.bind_cpu_input(f"past_{name}", array)
+            _bind_output(call.binding, name, array)
+        _bind_output(call.binding, "logits", call.logits)
+        _bind_output(call.binding, "hidden", call.hidden)
+        return call
+
+
+def _fill(inputs: dict[str, Any], held: SequenceOf[CachedRows], packed: Packed) -> None:
+    inputs["token_ids"][:], inputs["rows"][:] = packed.token_ids, packed.rows
+    inputs["starts"][1:] = np.cumsum(packed.lengths)
+    inputs["pasts"][:] = [rows.length for rows in held]
+    if packed.hidden is not None:
+        inputs["carried"][:] = packed.hidden
+    for place, rows in enumerate(held):
+        for table in rows.tables:
+            row = inputs[f"pages.{table.name}"][place]
+            row[: table.count] = table.entries[: table.count]
+
+
+def _bind_output(binding: Any, name: str, array: Floats) -> None:
+    binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
