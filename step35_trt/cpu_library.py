@@ -41,7 +41,7 @@ class Library:
         return sorted(path for pattern in self.patterns for path in root.glob(pattern))
 
 
-FOLDERS = ("cpu", "gated_attention", "int4_linear", "sparse_moe")
+FOLDERS = ("chain", "cpu", "gated_attention", "int4_linear", "sparse_moe")
 OPERATORS = Library("cpu", tuple(f"{folder}/*.[ch]" for folder in FOLDERS))
 # Quantising; it runs where a checkpoint is converted and is no part of a bundle.
 CONVERTER = Library("convert", ("convert/*.[ch]", "cpu/isa.[ch]"))

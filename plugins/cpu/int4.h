@@ -51,6 +51,16 @@ struct int4_routines {
 
   // y = weight * d, or y += weight * d where `more`.
   void (*mix)(const float *d, size_t width, float weight, int more, float *y);
+
+  // y[t * stride + n] = the product of row t of x and row n of w, each of `columns` values, n < rows and t < count.
+  void (*dense)(const float *w, size_t rows, size_t columns, const float *x, size_t count, float *y, size_t stride);
+
+  // y = x / sqrt(mean of x^2 + eps) * gamma; the width is a multiple of 16.
+  void (*norm)(const float *x, const float *gamma, size_t width, float eps, float *y);
+
+  // Widths that are multiples of 16.
+  void (*add)(const float *a, const float *b, size_t width, float *y);
+  void (*sigmoid)(const float *x, size_t width, float *y);
 };
 
 // By `enum isa`; null where the target has no such instructions.
@@ -59,6 +69,31 @@ extern const struct int4_routines *const int4_routines[];
 static inline size_t tile_bytes(size_t columns) { return columns * TILE / 2; }
 
 static inline size_t tile_scales(const struct int4_matrix *m) { return m->columns / m->block * TILE; }
+
+// Memory for `count` quantised rows, a multiple of 64 bytes, and where in it things lie.
+static inline size_t rows_size(size_t count, size_t columns, size_t block) {
+  return (count * columns + 2 * count * (columns / block) * sizeof(float) + 63) / 64 * 64;
+}
+
+static inline void rows_in(void *room, size_t count, size_t columns, size_t block, struct int8_rows *out) {
+  float *scales = room;
+  int32_t *offsets = (int32_t *)(scales + count * (columns / block));
+  *out = (struct int8_rows){(int8_t *)(offsets + count * (columns / block)), scales, offsets, count, block};
+}
+
+// Asks for up to a kilobyte from byte `done` of `bytes`; says how much, 0 at the end.
+static inline size_t ask_bytes(const void *start, size_t bytes, size_t done) {
+  size_t left = done < bytes ? bytes - done : 0, some = left < 1024 ? left : 1024;
+  for (size_t at = done; at < done + some; at += 64) __builtin_prefetch((const char *)start + at, 0, 2);
+  return some;
+}
+
+// The same of the codes of tiles begin .. end - 1, which their scales follow.
+static inline size_t ask_tiles(const struct int4_matrix *m, size_t begin, size_t end, size_t done) {
+  size_t codes = (end - begin) * tile_bytes(m->columns), scales = tile_scales(m);
+  if (done < codes) return ask_bytes(m->codes + begin * tile_bytes(m->columns), codes, done);
+  return ask_bytes(m->scales + begin * scales, (end - begin) * scales * sizeof(uint16_t), done - codes);
+}
 
 // The matrix `index` of a stack whose matrices have `tiles` tiles each; after it comes tile `tile` of `next`.
 static inline struct int4_matrix matrix_at(const struct int4_matrix *stack, size_t tiles, size_t index,

@@ -228,5 +228,6 @@ static void multiply(const struct int4_matrix *w, size_t begin, size_t end, cons
 }
 
 #include "int4_rows.h"
+#include "dense_rows.h"
 
-const struct int4_routines ROUTINES = {quantise, multiply, swiglu, mix};
+const struct int4_routines ROUTINES = {quantise, multiply, swiglu, mix, dense, norm, add, sigmoid_of};

@@ -59,13 +59,8 @@ ort_status *matrix_of(const ort_api *api, const char *op, const struct tensor *w
 }
 
 void *rows_room(size_t count, size_t columns, size_t block, struct int8_rows *out) {
-  size_t blocks = columns / block;
-  *out = (struct int8_rows){.count = count, .block = block};
-  char *room = malloc(count * columns + 2 * count * blocks * sizeof(float) + 1);
-  if (!room) return NULL;
-  out->scales = (float *)room;
-  out->offsets = (int32_t *)(room + count * blocks * sizeof(float));
-  out->codes = (int8_t *)(room + 2 * count * blocks * sizeof(float));
+  void *room = malloc(rows_size(count, columns, block) + 1);
+  if (room) rows_in(room, count, columns, block, out);
   return room;
 }
 

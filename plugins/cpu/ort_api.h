@@ -82,6 +82,10 @@ ORT_ENTRY(90, input, ort_status *, const ort_kernel_context *, size_t, const ort
 ORT_ENTRY(91, output, ort_status *, ort_kernel_context *, size_t, const int64_t *, size_t, ort_value **out)
 ORT_ENTRY(99, release_shape, void, ort_shape *)
 ORT_ENTRY(101, release_domain, void, ort_domain *)
+ORT_ENTRY(162, attribute_floats, ort_status *, const ort_kernel_info *, const char *name, float *out, size_t *count)
+ORT_ENTRY(163, attribute_ints, ort_status *, const ort_kernel_info *, const char *name, int64_t *out, size_t *count)
+ORT_ENTRY(230, info_input_count, ort_status *, const ort_kernel_info *, size_t *out)
+ORT_ENTRY(249, constant_input, ort_status *, const ort_kernel_info *, size_t, int *is_constant, const ort_value **out)
 ORT_ENTRY(274, parallel_for, ort_status *, const ort_kernel_context *, void (*)(void *, size_t), size_t total,
           size_t batches, void *argument)
 
@@ -94,6 +98,7 @@ struct tensor {
   size_t rank;
 };
 
+ort_status *tensor_of(const ort_api *api, const ort_value *value, size_t index, struct tensor *out);
 ort_status *tensor_input(const ort_api *api, ort_kernel_context *context, size_t index, struct tensor *out);
 ort_status *tensor_output(const ort_api *api, ort_kernel_context *context, size_t index, const int64_t *dims,
                           size_t rank, float **out);

@@ -16,4 +16,21 @@ enum { MOST_PHASES = 4 };
 ort_status *do_phases(const ort_api *api, const ort_kernel_context *context, const struct phase *phases,
                       size_t count, size_t bytes, void *argument);
 
+// A phase with an argument of its own.
+struct task {
+  void (*run)(void *argument, size_t begin, size_t end);
+  void *argument;
+  const size_t *units; // counts when the task before is done; until it is known, 0
+  // Asks for some of the memory that `unit` reads first, from its byte `done` on, and says how much; 0: there is
+  // no more. A worker with nothing to do calls it ahead of time, so that memory is
+  // never idle. May be null.
+  size_t (*ask)(void *argument, size_t unit, size_t done);
+};
+
+enum { MOST_TASKS = 64 };
+
+// As `do_phases`.
+ort_status *do_tasks(const ort_api *api, const ort_kernel_context *context, const struct task *tasks, size_t count,
+                     size_t bytes);
+
 #endif

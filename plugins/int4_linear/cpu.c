@@ -10,15 +10,9 @@
 #include "../cpu/int4.h"
 #include "../cpu/op.h"
 #include "../cpu/work.h"
+#include "linear.h"
 
-enum {
-  GROUP = 4,       // tiles that a unit reads side by side
-  SHORT_ROWS = 64,
-  SLICE = 1024,    // columns quantised at once, a multiple of every block
-  PRODUCTS = 4,
-};
-
-struct linear {
+struct state {
   const ort_api *api;
   const struct int4_routines *routines;
   int64_t width, block;
@@ -26,70 +20,8 @@ struct linear {
   int gated;
 };
 
-struct product {
-  struct int4_matrix w;
-  float *y;
-  size_t width, units;
-};
-
-struct call {
-  const struct int4_routines *routines;
-  struct int8_rows rows;
-  const float *x, *up; // up: null where x is the input itself
-  size_t columns, slices;
-  float limit;
-  struct product products[PRODUCTS];
-};
-
-// Unit: a slice of a row.
-static void quantise(void *argument, size_t begin, size_t end) {
-  const struct call *c = argument;
-  for (size_t unit = begin; unit < end; unit++) {
-    size_t row = unit / c->slices, first = unit % c->slices * SLICE, at = row * c->columns + first;
-    size_t width = c->columns - first < SLICE ? c->columns - first : SLICE;
-    const float *x = c->x + at;
-    float h[SLICE];
-    if (c->up) {
-      c->routines->swiglu(x, c->up + at, TILE, width / TILE, c->limit, h);
-      x = h;
-    }
-    c->routines->quantise(x, first, width, &c->rows, row);
-  }
-}
-
-// The last tile where some of its rows are padding: y has no room for those.
-static void last_tile(const struct call *c, const struct product *p) {
-  size_t tile = p->width / TILE, filled = p->width % TILE;
-  for (size_t done = 0; done < c->rows.count; done += SHORT_ROWS) {
-    float whole[SHORT_ROWS * TILE];
-    size_t rows = c->rows.count - done < SHORT_ROWS ? c->rows.count - done : SHORT_ROWS;
-    c->routines->multiply(&p->w, tile, tile + 1, &c->rows, done, rows, whole, TILE);
-    for (size_t t = 0; t < rows; t++)
-      memcpy(p->y + (done + t) * p->width + tile * TILE, whole + t * TILE, filled * sizeof *whole);
-  }
-}
-
-// Unit: GROUP tiles, numbered through all products.
-static void multiply(void *argument, size_t begin, size_t end) {
-  const struct call *c = argument;
-  for (const struct product *p = c->products; begin < end; p++) {
-    size_t stop = end < p->units ? end : p->units;
-    if (begin < stop) {
-      size_t whole = p->width / TILE, first = begin * GROUP, last = stop * GROUP;
-      if (last > whole) {
-        last = whole;
-        if (p->width % TILE) last_tile(c, p);
-      }
-      if (first < last)
-        c->routines->multiply(&p->w, first, last, &c->rows, 0, c->rows.count, p->y + first * TILE, p->width);
-    }
-    begin = begin > p->units ? begin - p->units : 0;
-    end = end > p->units ? end - p->units : 0;
-  }
-}
-
 static ort_status *make(const ort_api *api, const ort_kernel_info *info, int gated, void **kernel) {
-  struct linear made = {.api = api, .gated = gated};
+  struct state made = {.api = api, .gated = gated};
   enum isa isa;
   ort_status *status = choose_isa(api, &isa);
   if (!status) made.routines = int4_routines[isa];
@@ -108,7 +40,7 @@ static ort_status *create_gated(const ort_op *op, const ort_api *api, const ort_
 }
 
 static ort_status *compute(void *kernel, ort_kernel_context *context) {
-  const struct linear *self = kernel;
+  const struct state *self = kernel;
   const ort_api *api = self->api;
   struct tensor x, up = {0};
   size_t activations = self->gated ? 2 : 1, inputs, count;
@@ -121,12 +53,11 @@ static ort_status *compute(void *kernel, ort_kernel_context *context) {
     return failure(api, ORT_INVALID_ARGUMENT, "Int4Linear: the activations are not [t, K]");
   if (inputs % 2 != activations % 2 || !count || count > PRODUCTS)
     return failure(api, ORT_INVALID_ARGUMENT, "Int4Linear: %zu inputs", inputs);
-  struct call c = {.routines = self->routines, .x = x.data, .up = up.data, .columns = (size_t)x.dims[1]};
-  c.limit = self->limit > 0 ? self->limit : __builtin_inff();
-  c.slices = (c.columns + SLICE - 1) / SLICE;
-  size_t units = 0, bytes = 0;
+  struct linear l = {.routines = self->routines, .x = x.data, .up = up.data, .columns = (size_t)x.dims[1]};
+  l.limit = self->limit > 0 ? self->limit : __builtin_inff();
+  l.count = count;
   for (size_t i = 0; i < count; i++) {
-    struct product *p = &c.products[i];
+    struct product *p = &l.products[i];
     struct tensor weight, scales;
     status = tensor_input(api, context, activations + 2 * i, &weight);
     if (!status) status = tensor_input(api, context, activations + 2 * i + 1, &scales);
@@ -135,17 +66,14 @@ static ort_status *compute(void *kernel, ort_kernel_context *context) {
     status = matrix_of(api, "Int4Linear", &weight, &scales, 0, width, x.dims[1], self->block, &p->w);
     if (!status) status = tensor_output(api, context, i, (int64_t[]){x.dims[0], width}, 2, &p->y);
     if (status) return status;
-    size_t tiles = ((size_t)width + TILE - 1) / TILE;
     p->width = (size_t)width;
-    p->units = (tiles + GROUP - 1) / GROUP;
-    units += p->units;
-    bytes += tiles * tile_bytes(c.columns);
   }
-  if (!x.dims[0] || !units) return NULL;
-  void *room = rows_room((size_t)x.dims[0], c.columns, (size_t)self->block, &c.rows);
-  if (!room) return failure(api, ORT_FAIL, "Int4Linear: no memory for %zu rows", c.rows.count);
-  const struct phase phases[] = {{quantise, c.rows.count * c.slices}, {multiply, units}};
-  status = do_phases(api, context, phases, 2, bytes, &c);
+  if (!x.dims[0]) return NULL;
+  void *room = rows_room((size_t)x.dims[0], l.columns, (size_t)self->block, &l.rows);
+  if (!room) return failure(api, ORT_FAIL, "Int4Linear: no memory for %zu rows", l.rows.count);
+  linear_plan(&l);
+  const struct phase phases[] = {{linear_quantise, l.quantise_units}, {linear_multiply, l.multiply_units}};
+  status = do_phases(api, context, phases, 2, l.bytes, &l);
   free(room);
   return status;
 }

@@ -1,6 +1,5 @@
 #include "routing.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 // Marks the `top_k` highest of a row, of equals the first; whatever the values, so many are marked.
@@ -14,26 +13,43 @@ static void choose(const float *selection, size_t experts, size_t top_k, uint8_t
   }
 }
 
-void *route(const float *selection, const float *weights, size_t tokens, size_t experts, size_t top_k,
-            float scale, struct routing *out) {
-  size_t pairs = tokens * top_k;
-  size_t sizes[] = {experts * sizeof(struct used), (experts + 1) * sizeof(size_t), tokens * sizeof(float),
-                    pairs * sizeof(int32_t),       pairs * sizeof(float),         pairs,
-                    tokens * experts};
-  size_t total = 0, places[sizeof sizes / sizeof *sizes];
-  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-    places[i] = total;
-    total += sizes[i];
-  }
-  char *room = malloc(total);
-  if (!room) return NULL;
-  size_t *next = (size_t *)(room + places[1]);
-  float *factor = (float *)(room + places[2]);
-  uint8_t *chosen = (uint8_t *)(room + places[6]);
-  *out = (struct routing){(struct used *)room, 0, (int32_t *)(room + places[3]), (float *)(room + places[4]),
-                          (uint8_t *)(room + places[5])};
+// Places of what lies in the room, and its size at the end.
+enum { USED, NEXT, FACTOR, TOKEN, WEIGHT, MORE, CHOSEN, END };
 
-  memset(next, 0, sizes[1]);
+static void places_of(size_t tokens, size_t experts, size_t top_k, size_t places[END + 1]) {
+  size_t pairs = tokens * top_k;
+  size_t sizes[END] = {experts * sizeof(struct used), (experts + 1) * sizeof(size_t), tokens * sizeof(float),
+                       pairs * sizeof(int32_t),       pairs * sizeof(float),         pairs,
+                       tokens * experts};
+  places[0] = 0;
+  for (size_t i = 0; i < END; i++) places[i + 1] = places[i] + sizes[i];
+}
+
+size_t routing_size(size_t tokens, size_t experts, size_t top_k) {
+  size_t places[END + 1];
+  places_of(tokens, experts, top_k, places);
+  return places[END];
+}
+
+void routing_in(void *room, size_t tokens, size_t experts, size_t top_k, struct routing *out) {
+  size_t places[END + 1];
+  char *at = room;
+  places_of(tokens, experts, top_k, places);
+  *out = (struct routing){.used = (struct used *)at,
+                          .next = (size_t *)(at + places[NEXT]),
+                          .factor = (float *)(at + places[FACTOR]),
+                          .token = (int32_t *)(at + places[TOKEN]),
+                          .weight = (float *)(at + places[WEIGHT]),
+                          .more = (uint8_t *)(at + places[MORE]),
+                          .chosen = (uint8_t *)(at + places[CHOSEN])};
+}
+
+void route(const float *selection, const float *weights, size_t tokens, size_t experts, size_t top_k, float scale,
+           struct routing *out) {
+  size_t *next = out->next;
+  float *factor = out->factor;
+  uint8_t *chosen = out->chosen;
+  memset(next, 0, (experts + 1) * sizeof *next);
   for (size_t t = 0; t < tokens; t++) {
     float sum = 0;
     choose(selection + t * experts, experts, top_k, chosen + t * experts);
@@ -59,5 +75,4 @@ void *route(const float *selection, const float *weights, size_t tokens, size_t 
         more = 1;
       }
   }
-  return room;
 }

@@ -1,4 +1,4 @@
-"""ONNX Runtime with our own CPU operators (`plugins/`): gated attention, and products with 4-bit weights.
+"""ONNX Runtime with our own CPU operators (`plugins/`): paged attention, and products with 4-bit weights.
 
 Those read the weights where the file is mapped, so nothing is packed again at load and memory holds one copy;
 the experts' clamp is Step's own. A decode step launches few operators: each costs as much as reading half a
@@ -10,45 +10,45 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
+from step35_trt.dialects.onnx_chain import ChainSteps
 from step35_trt.dialects.onnx_fuse import PASSES
 from step35_trt.dialects.onnx_graph import OURS
 from step35_trt.dialects.onnx_ort import OrtSpelling
-from step35_trt.program import CacheSpec
-from step35_trt.rotary import inverse_frequencies
+from step35_trt.dialects.onnx_paged import paged_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import onnx_ir as ir
 
     from step35_trt.config import LayerSpec
     from step35_trt.dialects.onnx_attention import Heads
     from step35_trt.dialects.onnx_graph import GraphWriter
     from step35_trt.weight_store import Layout, Matrix
 
-# What the attention operator takes (`plugins/gated_attention/attend.h`).
-LANES, MOST_DIM, MOST_PER_GROUP = 16, 256, 64
-
 
 @dataclass(frozen=True)
 class CpuSpelling:
-    """`Spelling` for int4 weights and int8 activations on the CPU."""
+    """`Spelling` of the CPU engines: attention is ours, with int8 activations also products of int4 weights.
+
+    `runtime` writes everything else.
+    """
 
     runtime: OrtSpelling = field(default_factory=lambda: OrtSpelling(int8_activations=True))
 
     @property
     def layout(self) -> Layout:
         """See `Spelling`."""
-        return "tiles"
+        return "tiles" if self.runtime.int8_activations else self.runtime.layout
 
     @property
     def passes(self) -> Sequence[ir.passes.InPlacePass]:
         """See `Spelling`."""
-        return PASSES
+        return (*PASSES, ChainSteps())
 
     def linear(self, g: GraphWriter, x: ir.Value, weight: Matrix) -> ir.Value:
         """See `Spelling`."""
-        if weight.bits != 4 or weight.scales is None:
+        if weight.bits != 4 or weight.scales is None or not self.runtime.int8_activations:
             return self.runtime.linear(g, x, weight)
         n, _ = weight.shape
         inputs = [x, g.weight(weight.values), g.weight(weight.scales)]
@@ -72,26 +72,7 @@ class CpuSpelling:
         layer: LayerSpec,
     ) -> ir.Value:
         """See `Spelling`."""
-        d = layer.head_dim
-        if d % LANES or d > MOST_DIM or layer.query_heads // layer.kv_heads > MOST_PER_GROUP:
-            return self.runtime.gated_attention(g, heads, gate, gammas, eps, layer)
-        spec = CacheSpec(
-            layer=layer.index,
-            kind="ring" if layer.window else "linear",
-            kv_heads=layer.kv_heads,
-            head_dim=d,
-            window=layer.window,
-        )
-        frequencies = g.constant(inverse_frequencies(layer))
-        inputs = [*heads, gate, *gammas, frequencies, *g.cache(spec), g.inputs["past_length"]]
-        attributes: dict[str, int | float | str] = {"window": layer.window, "eps": eps}
-        out, keys, values = g.tape.op_multi_out(
-            "GatedAttention", inputs, attributes, num_outputs=3, domain=OURS
-        )
-        g.cached(spec, keys, values)
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-        out.shape = ir.Shape((None, layer.query_heads * d))
-        return out
+        return paged_attention(g, heads, gate, gammas, eps, layer)
 
     def experts(
         self,
@@ -106,7 +87,7 @@ class CpuSpelling:
     ) -> ir.Value:
         """See `Spelling`."""
         bits, _ = g.store.coding(f"{experts}.up_proj.weight")
-        if bits != 4:
+        if bits != 4 or not self.runtime.int8_activations:
             return self.runtime.experts(g, x, selection, weights, experts, top_k, scale, limit)
         stored = g.store.experts(experts, stretch=1.0)
         inputs = [x, selection, weights]

@@ -35,7 +35,11 @@ def session(library: Path, isa: str, op: str, inputs: dict, fixed: dict, threads
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in inputs]
     outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in made]
     held = [onnx.numpy_helper.from_array(v, n) for n, v in fixed.items()]
-    graph = helper.make_graph([node], "g", values, outs, held)
+    return loaded(library, isa, helper.make_graph([node], "g", values, outs, held), threads)
+
+
+def loaded(library: Path, isa: str, graph: onnx.GraphProto, threads=2):
+    """A graph with our operators on one instruction set."""
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("step35", 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
