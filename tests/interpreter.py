@@ -1,52 +1,60 @@
-"""Triton's interpreter for tests (`TRITON_INTERPRET=1`): it rounds as a GPU does.
+"""Triton's interpreter as a memory checker: kernels index without bounds, and reading too far is not seen."""
 
-Triton 3.6's interpreter truncates where bf16 is to be rounded, loses the carry out of e4m3's mantissa and
-drops its subnormals. And it replaces the language's functions anew at each call of a function in a kernel,
-which takes half the time.
-"""
+from __future__ import annotations
 
-import functools
-import types
-
-import ml_dtypes
 import numpy as np
-import triton.language as tl
+import pytest
+import torch
 from triton.runtime import interpreter
 
-FORMATS = {
-    "fp8e4nv": ml_dtypes.float8_e4m3fn,
-    "fp8e5": ml_dtypes.float8_e5m2,
-    "bf16": ml_dtypes.bfloat16,
-    "fp16": np.float16,
-    "fp32": np.float32,
-    "fp64": np.float64,
-}
-_replace = interpreter._patch_lang
+
+def _ranges(arguments) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and the one after the last of each tensor, ascending; those that overlap are one."""
+    spans = sorted(
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size())
+        for x in arguments
+        if isinstance(x, torch.Tensor)
+    )
+    merged: list[list[int]] = []
+    for start, end in spans:
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    table = np.array(merged, np.uint64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
-def _convert(bits, source, target, rounding):
-    """Bits of floats of type `source` as bits of type `target`, rounded to nearest even."""
-    numbers = np.ascontiguousarray(bits).view(FORMATS[source.name])
-    with np.errstate(over="ignore", invalid="ignore"):
-        wide = numbers.astype(np.float32) if source.primitive_bitwidth < 32 else numbers
-        return wide.astype(FORMATS[target.name]).view(f"uint{target.primitive_bitwidth}")
+@pytest.fixture(autouse=True)
+def within_bounds(monkeypatch):
+    """Every element that a kernel reads or writes belongs to one of its arguments."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, given = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    starts = ends = np.zeros(0, np.uint64)
 
+    def check(pointers, mask):
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
+        if not at.size:
+            return
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        place = np.searchsorted(starts, at, "right") - 1
+        assert (place >= 0).all(), "before all arguments"
+        assert (at + np.uint64(size) <= ends[place]).all(), "after the end of an argument"
 
-class _Kept:
-    def restore(self):
-        """What was replaced stays replaced."""
+    def start(self, *arguments):
+        nonlocal starts, ends
+        host = given(self, *arguments)
+        starts, ends = _ranges([*host[0], *host[1].values()])
+        return host
 
+    def checked_load(self, pointers, mask, *others):
+        check(pointers, mask)
+        return load(self, pointers, mask, *others)
 
-@functools.cache
-def _replace_in(*modules):
-    _replace(types.SimpleNamespace(__globals__=dict(enumerate(modules))))
-    return _Kept()
+    def checked_store(self, pointers, value, mask, *others):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *others)
 
-
-def _replace_once(function):
-    seen = function.__globals__.values()
-    return _replace_in(*(module for module in (tl, tl.core) if any(module is value for value in seen)))
-
-
-interpreter._convert_float = _convert
-interpreter._patch_lang = _replace_once
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    monkeypatch.setattr(executor, "_init_args_hst", start)

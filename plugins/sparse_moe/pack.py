@@ -60,15 +60,39 @@ def pack_int4(
         UnsupportedError: K is no multiple of 128, or a scale does not fit fp16.
     """
     *stack, n, k = codes.shape
-    words_shape, pairs_shape = shapes("int4", n, k)
-    if scales.size and not np.abs(scales).max() <= np.finfo(np.float16).max:
-        raise UnsupportedError("a weight is too large for fp16 scales")
+    words_shape, _ = shapes("int4", n, k)
     nibbles = codes.reshape(*stack, n, k // GROUP, 4, 32).astype(np.uint16) << _NIBBLES
     words = np.bitwise_or.reduce(nibbles, axis=-2).reshape(*stack, *words_shape)
-    halves = np.zeros((*stack, n, 2 * pairs_shape[0]), np.float16)
-    halves[..., : k // GROUP] = scales
-    pairs = halves.view(np.int32).swapaxes(-1, -2)
-    return words.view(np.int16), np.ascontiguousarray(pairs)
+    return words.view(np.int16), _pairs(scales)
+
+
+def repack_int4(
+    rows: NDArray[np.uint8], scales: NDArray[np.floating]
+) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
+    """As `pack_int4` from a checkpoint's bytes `[N / 2, K]` of one matrix, whose codes are never taken apart.
+
+    A byte holds two rows, the even one in its low half, in two's complement (`quantize.formats`); so the
+    bytes of a word of either row are halves of two of them put together.
+    """
+    half, k = rows.shape
+    words_shape, _ = shapes("int4", 2 * half, k)
+    a, b, c, d = np.moveaxis((rows ^ np.uint8(0x88)).reshape(half, k // GROUP, 4, 32), 2, 0)
+    low, high, nibble = np.uint8(15), np.uint8(0xF0), np.uint8(4)
+    words = np.empty((half, 2, k // GROUP, 32, 2), np.uint8)
+    words[:, 0, ..., 0] = a & low | b << nibble
+    words[:, 0, ..., 1] = c & low | d << nibble
+    words[:, 1, ..., 0] = a >> nibble | b & high
+    words[:, 1, ..., 1] = c >> nibble | d & high
+    return words.reshape(2 * half, -1).view("<i2").reshape(words_shape), _pairs(scales)
+
+
+def _pairs(scales: NDArray[np.floating]) -> NDArray[np.int32]:
+    *stack, n, groups = scales.shape
+    if scales.size and not np.abs(scales).max() <= np.finfo(np.float16).max:
+        raise UnsupportedError("a weight is too large for fp16 scales")
+    halves = np.zeros((*stack, n, -(-groups // 2) * 2), np.float16)
+    halves[..., :groups] = scales
+    return np.ascontiguousarray(halves.view(np.int32).swapaxes(-1, -2))
 
 
 def unpack_int4(

@@ -36,10 +36,8 @@ class Matrix:
         if self.scales is None:
             return values.float()
         if kind == "int4":
-            codes, halves = pack.unpack_int4(values.cpu().numpy(), self.scales[index].cpu().numpy())
-            centred = torch.from_numpy(codes).to(values.device).float() - 8
-            groups = torch.from_numpy(halves).to(values.device).float()
-            return centred * groups.repeat_interleave(pack.GROUP, 1)
+            codes, groups = unpack_int4(values, self.scales[index])
+            return (codes.float() - 8) * groups.float().repeat_interleave(pack.GROUP, 1)
         scales = self.scales[index]
         if kind == "fp8_channel":
             return values.float() * scales[:, None]
@@ -73,6 +71,15 @@ class ExpertWeights:
                 raise ValueError(f"{name}.scales: {g.format} {'has' if scale_shape else 'takes no'} scales")
             if matrix.scales is not None:
                 expect(f"{name}.scales", matrix.scales, (g.stack, *scale_shape), scale_type, device)
+
+
+def unpack_int4(words: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """`pack.unpack_int4` of one matrix on its device: codes `[N, K]` uint8, scales `[N, K / 128]` fp16."""
+    n, quarter = words.shape
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device)[:, None]
+    codes = words.int().view(n, -1, 1, 32) >> shifts & 15
+    halves = pairs.T.clone(memory_format=torch.contiguous_format).view(torch.float16)
+    return codes.to(torch.uint8).reshape(n, 4 * quarter), halves[:, : quarter * 4 // pack.GROUP]
 
 
 def expect(

@@ -13,6 +13,8 @@ from step35_trt.errors import UnsupportedError, UsageError, VerificationError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from step35_trt.kernels.tactics import Tactics
+
 
 @click.command()
 @click.option("--target", required=True, help="A GPU's compute capability, such as sm_90 or sm_121.")
@@ -68,7 +70,10 @@ def kernels(target: str, checkpoint: str | None, output: Path | None, as_json: b
 @click.option("--plugin", help="Only this plugin's kernels.")
 @click.option("-o", "--output", type=PATH, help="Where its tactics go.")
 def tune(plugin: str | None, output: Path | None) -> None:
-    """Measure tilings of the GPU kernels on the GPU that is here and write its tactics files."""
+    """Measure tilings of the GPU kernels on the GPU that is here and write its tactics files.
+
+    Each improvement is written at once, so the command may be interrupted.
+    """
     from step35_trt.kernels.catalogue import PLUGINS
     from step35_trt.kernels.plugin import ROOT
 
@@ -89,9 +94,13 @@ def tune(plugin: str | None, output: Path | None) -> None:
     device = torch.device("cuda")
     target = present_target(device)
     for name in [plugin] if plugin else PLUGINS:
-        with console.item_progress(f"tuning {name}") as progress:
-            found = tuned(name, target, device, progress)
         path = output or ROOT / name / "tactics" / f"{target.name}.json"
-        with replacing(path) as stream:
-            stream.write(text(found).encode())
+
+        def keep(found: Tactics, path: Path = path) -> None:
+            with replacing(path) as stream:
+                stream.write(text(found).encode())
+
+        with console.item_progress(f"tuning {name}") as progress:
+            found = tuned(name, target, device, progress, keep)
+        keep(found)
         console.say(f"{path}: {found.measured}")

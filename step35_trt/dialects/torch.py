@@ -14,6 +14,7 @@ from step35_trt.rotary import inverse_frequencies
 if TYPE_CHECKING:
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.config import LayerSpec
+    from step35_trt.dialects.torch_experts import Experts
 
 
 class Weights(Protocol):
@@ -25,6 +26,18 @@ class Weights(Protocol):
 
     def expert(self, name: str, index: int) -> Tensor:
         """One expert's matrix of a stacked parameter."""
+        ...
+
+
+class HeldWeights(Protocol):
+    """`Weights` of one rank of several."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole parameter, or the rank's share of it."""
+        ...
+
+    def expert(self, name: str, index: int) -> Tensor | None:
+        """As `Weights`; None where another rank holds the expert."""
         ...
 
 
@@ -48,6 +61,12 @@ class CheckpointWeights:
     def expert(self, name: str, index: int) -> Tensor:
         """See `Weights`."""
         return self._read(name, index)
+
+    def experts(self, prefix: str) -> Experts:
+        """See `torch_kernels.ExpertSource`."""
+        from step35_trt.dialects.torch_experts import checkpoint_experts
+
+        return checkpoint_experts(self.checkpoint, prefix, self.device)
 
     def _read(self, name: str, index: int | None) -> Tensor:
         if (name, index) not in self._kept:
@@ -142,7 +161,7 @@ class TorchOps:
     With `kernels` the plugins run as them, else as the definition that stands here.
     """
 
-    weights: Weights
+    weights: HeldWeights
     batch: SequenceBatch
     kernels: Kernels | None = None
 
@@ -252,6 +271,8 @@ class TorchOps:
                 self.weights.expert(f"{experts}.{part}.weight", expert)
                 for part in ("gate_proj", "up_proj", "down_proj")
             )
+            if gate is None or up is None or down is None:
+                continue  # another rank adds what this expert contributes
             some = x[token]
             hidden = self.swiglu(functional.linear(some, gate), functional.linear(some, up), limit)
             out = out.index_add(0, token, functional.linear(hidden, down).float() * mix[token, slot, None])

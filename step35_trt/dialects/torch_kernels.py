@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from step35_trt.checkpoint import EXPERT_PROJECTIONS
+from step35_trt.dialects.paged_rows import PagedRows, PagePool
+from step35_trt.dialects.torch_experts import Experts
 from step35_trt.errors import UnsupportedError
 from step35_trt.kernels import plugin, tactics
 from step35_trt.kernels.targets import gpu_target
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from step35_trt.kernels.targets import GpuTarget
 
 QUERIES = 4  # a token and three drafts: what one decoding step verifies at most
-FIRST_PAGES = 4
 
 
 def present_target(device: torch.device) -> GpuTarget:
@@ -36,28 +38,13 @@ def present_target(device: torch.device) -> GpuTarget:
     return gpu_target(f"sm_{major}{minor}")
 
 
-@dataclass
-class PagedRows:
-    """Keys and values of one layer and sequence in pages of their own, which double when they are full.
+@runtime_checkable
+class ExpertSource(Protocol):
+    """`Weights` that have experts in the kernels' own forms, not only as numbers."""
 
-    Nothing is evicted, also where a layer has a window, so any length can be returned to (see `LayerCache`).
-    """
-
-    cache: Any  # gated_attention.batch.PagedCache
-
-    def truncate(self, length: int) -> None:
-        """Rows after `length` are overwritten by those that come next."""
-
-    def reserve(self, rows: int) -> None:
-        """Make room for `rows`, keeping what is there."""
-        cache, page = self.cache, self.cache.keys.shape[2]
-        pages = len(cache.keys)
-        if rows <= pages * page:
-            return
-        wanted = max(2 * pages, -(-rows // page))
-        grown = _pages(wanted, cache.keys.shape[1:], cache.keys.dtype, cache.keys.device)
-        grown.keys[:pages], grown.values[:pages] = cache.keys, cache.values
-        self.cache = grown
+    def experts(self, prefix: str) -> Experts:
+        """All experts of a layer, `prefix` such as `model.layers.3.moe`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +52,17 @@ class TritonKernels:
     """`Kernels` with the tactics of `target`.
 
     Attributes:
-        weights: Where experts are found; they are brought into the kernels' layout once.
+        weights: Where experts are found; where they have no form for kernels, they become bf16.
         target: Whose tactics are taken; the tensors' device decides where kernels run.
+        kv_dtype: What keys and values are kept in: the activations' type, or e4m3 with scales of 1, which a
+            normed key and a value of a trained model do not exceed.
     """
 
     weights: Weights
     target: GpuTarget
-    _experts: dict[str, Any] = field(default_factory=dict)
+    kv_dtype: torch.dtype | None = None
+    _experts: dict[str, Experts] = field(default_factory=dict)
+    _pools: dict[tuple[int, torch.dtype], PagePool] = field(default_factory=dict)
 
     def gated_attention(
         self,
@@ -85,38 +76,29 @@ class TritonKernels:
         eps: float,
         layer: LayerSpec,
     ) -> Tensor:
-        """See `Kernels`. Sequences keep pages of their own and are launched one after the other."""
-        attention = plugin.load("gated_attention", "launch")
-        geometry = plugin.load("gated_attention", "geometry").Geometry.of(layer, eps, QUERIES)
-        entries = tactics.load("gated_attention", self.target.capability).entries
-        frequencies = torch.from_numpy(inverse_frequencies(layer)).to(q.device)
-        outputs, start = [], 0
-        for length, past, caches in zip(batch.lengths, batch.pasts, batch.caches, strict=True):
-            part = slice(start, start + length)
-            start += length
-            shape = layer.kv_heads, geometry.page, layer.head_dim
-            rows = PagedRows(_pages(FIRST_PAGES, shape, q.dtype, q.device))
-            if caches is not None:
-                kept = caches.setdefault(layer.index, rows)
-                assert isinstance(kept, PagedRows)
-                rows = kept
-            rows.reserve(past + length)
-            outputs.append(
-                attention.gated_attention(
-                    q[part],
-                    k[part],
-                    v[part],
-                    gate[part],
-                    q_gamma,
-                    k_gamma,
-                    frequencies,
-                    rows.cache,
-                    _sequence(length, past, q.device),
-                    geometry,
-                    entries,
-                )
-            )
-        return torch.cat(outputs)
+        """See `Kernels`: one launch for all sequences, over pages that they share out among themselves.
+
+        A cache is a `PagedRows`; where nothing is to be kept, pages are taken for this call.
+        """
+        attention, module = (plugin.load("gated_attention", name) for name in ("launch", "geometry"))
+        pool = self._pool(layer, module.PAGE, self.kv_dtype or q.dtype, q.device)
+        sequences = [_rows(pool, caches, layer.index) for caches in batch.caches]
+        for rows, past, length in zip(sequences, batch.pasts, batch.lengths, strict=True):
+            rows.reserve(past, length)
+        result: Tensor = attention.gated_attention(
+            q,
+            k,
+            v,
+            gate,
+            q_gamma,
+            k_gamma,
+            _frequencies(layer, q.device),
+            pool.cache(sequences),
+            _described(batch.lengths, batch.pasts, q.device),
+            module.Geometry.of(layer, eps, QUERIES),
+            tactics.load("gated_attention", self.target.capability).entries,
+        )
+        return result
 
     def sparse_moe(
         self,
@@ -128,45 +110,54 @@ class TritonKernels:
         scale: float,
         limit: float,
     ) -> Tensor:
-        """See `Kernels`. Experts multiply bf16, whatever the activations' type."""
+        """See `Kernels`. Activations are multiplied in bf16, whatever their type."""
         launch, geometry = plugin.load("sparse_moe", "launch"), plugin.load("sparse_moe", "geometry")
-        stacks = self._stacks(experts)
-        count, inner, hidden = stacks.gate.values.shape
-        described = geometry.Geometry(count, top_k, hidden, inner, scale, "bf16")
+        if experts not in self._experts:
+            self._experts[experts] = self._found(experts)
+        stacks = self._experts[experts]
+        count, inner = stacks.weights.gate.values.shape[:2]
+        described = geometry.Geometry(count, top_k, x.shape[-1], inner, scale, stacks.format)
         entries = tactics.load("sparse_moe", self.target.capability).entries
         ids, mix = launch.route_selection(selection, weights, described, entries)
-        out = torch.empty_like(x)
         narrow = x.to(torch.bfloat16)
-        result: Tensor = launch.experts(narrow, ids, mix, stacks, described, entries, limit, out=out)
+        result: Tensor = launch.experts(
+            narrow, ids, mix, stacks.weights, described, entries, limit, out=torch.empty_like(x)
+        )
         return result
 
-    def _stacks(self, experts: str) -> Any:
-        """`sparse_moe.weights.ExpertWeights` of a layer."""
-        if experts not in self._experts:
-            weights = plugin.load("sparse_moe", "weights")
-            self._experts[experts] = weights.ExpertWeights(
-                *(
-                    weights.Matrix(
-                        self.weights.tensor(f"{experts}.{name}.weight").to(torch.bfloat16).contiguous(), None
-                    )
-                    for name in ("gate_proj", "up_proj", "down_proj")
-                )
-            )
-        return self._experts[experts]
+    def _found(self, prefix: str) -> Experts:
+        if isinstance(self.weights, ExpertSource):
+            return self.weights.experts(prefix)
+        module = plugin.load("sparse_moe", "weights")
+        stacks = (self.weights.tensor(f"{prefix}.{name}.weight") for name in EXPERT_PROJECTIONS)
+        matrices = (module.Matrix(stack.to(torch.bfloat16).contiguous(), None) for stack in stacks)
+        return Experts("bf16", module.ExpertWeights(*matrices))
+
+    def _pool(self, layer: LayerSpec, page: int, dtype: torch.dtype, device: torch.device) -> PagePool:
+        key = layer.index, dtype
+        if key not in self._pools:
+            shape = layer.kv_heads, page, layer.head_dim
+            self._pools[key] = PagePool.of(shape, dtype, device, layer.window)
+        return self._pools[key]
 
 
-def _pages(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-    wide = torch.ones(shape[0], device=device)
-    return plugin.load("gated_attention", "batch").PagedCache(
-        torch.empty(count, *shape, dtype=dtype, device=device),
-        torch.empty(count, *shape, dtype=dtype, device=device),
-        torch.arange(count, dtype=torch.int32, device=device)[None],
-        wide,
-        wide,
-    )
+def _rows(pool: PagePool, caches: dict[int, Any] | None, layer: int) -> PagedRows:
+    """A sequence's rows in a layer."""
+    if caches is None:
+        return pool.open()
+    if layer not in caches:
+        caches[layer] = pool.open()
+    kept = caches[layer]
+    assert isinstance(kept, PagedRows)
+    return kept
 
 
 @functools.lru_cache(maxsize=8)
-def _sequence(length: int, past: int, device: torch.device) -> Any:
-    """The description of one sequence, which all layers of a step share."""
-    return plugin.load("gated_attention", "batch").Batch.of((length,), (past,), device)
+def _described(lengths: tuple[int, ...], pasts: tuple[int, ...], device: torch.device) -> Any:
+    """What all layers of a step share."""
+    return plugin.load("gated_attention", "batch").Batch.of(lengths, pasts, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _frequencies(layer: LayerSpec, device: torch.device) -> Tensor:
+    return torch.from_numpy(inverse_frequencies(layer)).to(device)

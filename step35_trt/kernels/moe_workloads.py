@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from step35_trt.kernels import plugin
-from step35_trt.kernels.workloads import Workload
+from step35_trt.kernels.workloads import ExpertsCall, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,6 +84,7 @@ def _workload(scale: Scale, kind: str, tokens: int, device: torch.device) -> Wor
         TOLERANCE,
         bytes=distinct * held + 2 * x.numel() * x.element_size(),
         operations=6 * ids.numel() * geometry.hidden * geometry.inner,
+        experts=ExpertsCall(x, ids, mix, weights, geometry, LIMIT),
     )
 
 

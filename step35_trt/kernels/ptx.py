@@ -31,6 +31,9 @@ INSTRUCTIONS = {
 }
 
 
+_TRAP = re.compile(r"^\s*(?:@%\w+ )?trap;", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Entry:
     """The kernel function of a PTX module: its name and its parameters' declarations, in order."""
@@ -81,3 +84,8 @@ def instructions(ptx: str) -> dict[str, int]:
     """How often each kind of `INSTRUCTIONS` stands in the text; kinds that do not occur are left out."""
     counts = {kind: len(pattern.findall(ptx)) for kind, pattern in INSTRUCTIONS.items()}
     return {kind: count for kind, count in counts.items() if count}
+
+
+def traps(ptx: str) -> bool:
+    """Whether the code stops by itself: what Triton leaves of a kernel that has no room in tensor memory."""
+    return _TRAP.search(ptx) is not None

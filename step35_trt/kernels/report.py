@@ -51,6 +51,8 @@ def report(kernel: CompiledKernel) -> KernelReport:
         failures.append(f"keeps {used.stack_bytes} bytes on a stack")
     if launch.shared_bytes > target.shared_bytes:
         failures.append(f"takes {launch.shared_bytes} bytes of shared memory of {target.shared_bytes}")
+    if ptx.traps(kernel.ptx):
+        failures.append("stops by itself: the tile is too large")
     return KernelReport(
         f"{kernel.variant.plugin}/{kernel.variant.name}",
         target.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from step35_trt.config import Step35Config
 from step35_trt.kernels.catalogue import PLUGINS
@@ -18,6 +18,27 @@ if TYPE_CHECKING:
     from step35_trt.kernels.tactics import Tactic
 
 Bound = Literal["bandwidth", "launch", "attention", "matmul"]
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """Tokens whose experts are chosen.
+
+    Attributes:
+        x: `[t, D]` bf16.
+        ids: `[t, k]` int32.
+        mix: `[t, k]` fp32.
+        weights: `sparse_moe.weights.ExpertWeights`.
+        geometry: `sparse_moe.geometry.Geometry`.
+        limit: Of the clamp.
+    """
+
+    x: Tensor
+    ids: Tensor
+    mix: Tensor
+    weights: Any
+    geometry: Any
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class Workload:
         tolerance: Largest error of `run`, relative to the definition's largest magnitude.
         bytes: That must be read or written.
         operations: Multiplications and additions.
+        experts: What another implementation of the experts is given; None for attention.
     """
 
     plugin: str
@@ -49,6 +71,7 @@ class Workload:
     tolerance: float
     bytes: int
     operations: int
+    experts: ExpertsCall | None = None
 
 
 @dataclass(frozen=True)

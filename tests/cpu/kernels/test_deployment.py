@@ -40,5 +40,29 @@ def test_everything_compiles_and_passes(name: str, cached: Path, capsys: pytest.
     assert all(kernel.facts.launch.scratch_bytes == 0 for kernel in compiled)
 
 
+# What is tightest on GPUs with tensor memory, or with little shared memory, and its tactics.
+TIGHTEST = (
+    "decode-window512-96x8x128-bf16",
+    "prefill-full-64x8x128-bf16",
+    "grouped_gate_up.int4.257-1048576",
+    "grouped_gate_up.bf16.257-",
+)
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize(("name", "product"), [("sm_100", "tcgen05"), ("sm_120", "mma")])
+def test_the_tightest_compile_for_other_gpus(name: str, product: str) -> None:
+    target = TARGETS[name]
+    variants = [
+        variant
+        for variant in deployment(Step35Config.load(PUBLISHED), target)
+        if variant.name.startswith(TIGHTEST)
+    ]
+    assert len(variants) == len(TIGHTEST)
+    for item in map(report, compile_kernels(variants, target)):
+        assert not item.failures, item.kernel
+        assert product in item.instructions
+
+
 def test_the_published_geometry_is_the_specification() -> None:
     assert Step35Config.load(PUBLISHED) == Step35Config.parse(published())

@@ -69,6 +69,11 @@ def test_a_parameter_in_use_cannot_be_left_out(source: str) -> None:
         ptx.arranged(source, [0, 1, 2], "short")
 
 
+def test_code_that_stops_by_itself_is_seen(source: str) -> None:
+    assert not ptx.traps(source)
+    assert ptx.traps(source.replace("\tret;", "\ttrap;"))
+
+
 def test_several_entries_are_refused(source: str) -> None:
     with pytest.raises(Step35Error, match="2 entries"):
         ptx.entry(source + source)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from step35_trt import cli
-from step35_trt.kernels import tactics, tuning
+from step35_trt.dialects import torch_kernels
+from step35_trt.kernels import gpu_bench, tactics, tuning
+from step35_trt.kernels.catalogue import PLUGINS
 from step35_trt.kernels.targets import TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 FIRST = tactics.Tactic(
     kernel="up", when={"tokens": (0, 16)}, constants={"ROWS": 16, "TILE": 16}, num_warps=4, num_stages=2
@@ -81,9 +84,52 @@ def test_what_is_written_can_be_read() -> None:
     assert tactics.Tactics.model_validate_json(tuning.text(found)) == found
 
 
+@pytest.mark.parametrize("plugin", PLUGINS)
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_target_has_a_point_to_start_from(name: str) -> None:
-    assert tuning.starting_point("sparse_moe", TARGETS[name]).entries
+def test_every_target_has_a_point_to_start_from(plugin: str, name: str) -> None:
+    assert tactics.load(plugin, TARGETS[name].capability).entries
+
+
+def test_what_fails_at_first_is_mended() -> None:
+    wide = SECOND.model_copy(update={"constants": {"TILE": 32}})  # no workload runs: the tiles differ
+    found = tuning.tune((FIRST, wide), Formula())
+    assert {entry.constants["TILE"] for entry in found} == {32}
+
+
+def test_an_interrupted_search_has_kept_what_it_found() -> None:
+    kept: list[tuple[tactics.Tactic, ...]] = []
+
+    @dataclass
+    class Stopped(Formula):
+        def seconds(self, workload: int, entries: tuple[tactics.Tactic, ...]) -> float:
+            if len(kept) == 2:
+                raise KeyboardInterrupt
+            return super().seconds(workload, entries)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune((FIRST, SECOND), Stopped(), keep=kept.append)
+    whole = Formula()
+    first, second = (max(whole.seconds(n, entries) for n in (0, 1)) for entries in kept)
+    assert second < first < whole.seconds(0, (FIRST, SECOND))
+
+
+def test_the_command_writes_what_an_interrupted_search_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tactics.Tactics(measured="a card, today, unfinished", entries=(FIRST, OTHER))
+
+    def stopped(name, target, device, progress, keep):  # type: ignore[no-untyped-def]
+        keep(partial)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch_kernels, "present_target", lambda device: TARGETS["sm_90"])
+    monkeypatch.setattr(gpu_bench, "tuned", stopped)
+    arguments = ["tune", "--plugin", "sparse_moe", "-o", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", ["step35-trt", *arguments])
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        cli.main()
+    assert tactics.Tactics.model_validate_json((tmp_path / "x.json").read_text()) == partial
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-from tests import interpreter  # noqa: F401 - mended before kernels are loaded
+from tests.interpreter import within_bounds  # noqa: F401 - a fixture for all tests here

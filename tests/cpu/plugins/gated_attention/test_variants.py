@@ -5,12 +5,14 @@ import pytest
 from step35_trt.config import Step35Config
 from step35_trt.errors import UnsupportedError
 from step35_trt.kernels import tactics
+from step35_trt.kernels import targets as gpu
 from step35_trt.kernels.plugin import load
 from tests.cpu.plugins.gated_attention.cases import Geometry, layer
 from tests.synthetic import raw_config
 
 variants = load("gated_attention", "variants").variants
 geometry = load("gated_attention", "geometry")
+TARGETS = tuple(target.capability for target in gpu.TARGETS.values())
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def step35():
     return Step35Config.parse(raw)
 
 
-@pytest.mark.parametrize("target", [90, 121])
+@pytest.mark.parametrize("target", TARGETS)
 def test_each_kernel_of_both_kinds_of_layer(step35, target):
     found = variants(step35, target, tactics.load("gated_attention", target))
     names = [v.name for v in found]
@@ -30,7 +32,7 @@ def test_each_kernel_of_both_kinds_of_layer(step35, target):
                 assert f"{kernel}-{kind}-{pages}-sm_{target}" in names
 
 
-@pytest.mark.parametrize("target", [90, 121])
+@pytest.mark.parametrize("target", TARGETS)
 def test_arguments_are_the_functions(step35, target):
     for variant in variants(step35, target, tactics.load("gated_attention", target)):
         function = getattr(load(variant.plugin, variant.module), variant.function)
@@ -39,7 +41,7 @@ def test_arguments_are_the_functions(step35, target):
         assert set(variant.constants) < set(function.arg_names)
 
 
-@pytest.mark.parametrize("target", [90, 121])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 def test_tiles_fit_pages_and_splits(target, groups):
     """What kernels take for granted of a tactic."""

@@ -4,6 +4,7 @@ import pytest
 
 from step35_trt.config import Step35Config
 from step35_trt.kernels import tactics
+from step35_trt.kernels import targets as gpu
 from step35_trt.kernels.plugin import load
 from tests.cpu.plugins.sparse_moe.cases import FORMATS, Geometry, launch
 from tests.synthetic import raw_config
@@ -11,7 +12,7 @@ from tests.synthetic import raw_config
 module = load("sparse_moe", "variants")
 STEP = {"moe_num_experts": 288, "moe_top_k": 8, "hidden_size": 4096, "moe_intermediate_size": 1280}
 CONFIG = Step35Config.parse(raw_config(**STEP))
-TARGETS = (90, 121)
+TARGETS = tuple(target.capability for target in gpu.TARGETS.values())
 
 
 def made(target, shared=False):
