@@ -4,9 +4,9 @@ With a_k the probability that head k's draft is right when those before it were,
 tokens yields 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K tokens on average (the 1 is the decoder's own) and takes
 c_K seconds. The best K maximises the quotient. Both are estimated while running:
 
-* a_k = (hits + prior) / (tests + 1), where hits and tests fade by a constant factor every round, tested or
-  not. Old evidence thus weighs little, and a head that was given up drifts back to a hopeful prior until it
-  is worth a new test: stale acceptance needs no schedule of its own.
+* a_k = (hits + w prior) / (tests + w) with w = 1, where hits and tests fade by a constant factor every round,
+  tested or not. Old evidence thus weighs little, and a head that was given up drifts back to a hopeful prior
+  until it is worth a new test: stale acceptance needs no schedule of its own.
 * c_K is an exponential average. The first samples only lower it (a first call compiles, allocates, warms up)
   and later ones are cut at twice the average, so one hiccup cannot change the choice for long. A depth
   without a sample is assumed to cost what the roofline says relative to those that have one. Every few
@@ -17,10 +17,13 @@ The choice depends on the past only, never on the drafts it decides about, so it
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from step35_trt.errors import UsageError
 from step35_trt.runtime.sampling import whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
 
 PRIOR_ACCEPTANCE = 0.75
 # What each drafted token adds to a round, in plain steps: a memory-bound decoder at batch 1.
@@ -58,6 +61,37 @@ class FixedDepth:
         """See `DepthPolicy`; nothing to learn."""
 
 
+class Acceptance:
+    """How likely each head's draft is right, given that those before it were.
+
+    Args:
+        prior: The estimate without evidence, one for each head.
+        weight: How many tests the prior counts for.
+    """
+
+    def __init__(self, prior: SequenceOf[float], weight: float = 1.0) -> None:
+        self._prior = tuple(prior)
+        self._weight = weight
+        self._hits = [0.0] * len(self._prior)
+        self._tests = [0.0] * len(self._prior)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Estimated probability for each head."""
+        return tuple(
+            (hits + self._weight * prior) / (tests + self._weight)
+            for hits, tests, prior in zip(self._hits, self._tests, self._prior, strict=True)
+        )
+
+    def record(self, depth: int, accepted: int) -> None:
+        """Take in a round: only heads whose predecessors were right were tested."""
+        self._hits = [FADE * hits for hits in self._hits]
+        self._tests = [FADE * tests for tests in self._tests]
+        for head in range(min(depth, accepted + 1)):
+            self._tests[head] += 1
+            self._hits[head] += head < accepted
+
+
 class DepthController:
     """Chooses the depth that yields the most tokens per second; see the module's text for the maths.
 
@@ -70,17 +104,13 @@ class DepthController:
     def __init__(self, modules: int, *, timed: bool = True) -> None:
         self._timed = timed
         self._round = 0
-        self._hits = [0.0] * modules
-        self._tests = [0.0] * modules
-        self._costs = [_Cost() for _ in range(modules + 1)]
+        self._acceptance = Acceptance([PRIOR_ACCEPTANCE] * modules)
+        self._costs = [AverageCost() for _ in range(modules + 1)]
 
     @property
     def acceptance(self) -> tuple[float, ...]:
         """Estimated probability for each head, given that the heads before it were right."""
-        return tuple(
-            (hits + PRIOR_ACCEPTANCE) / (tests + 1)
-            for hits, tests in zip(self._hits, self._tests, strict=True)
-        )
+        return self._acceptance.rates
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -111,22 +141,18 @@ class DepthController:
                 return unknown[-1]
             if self._round % OLD_EVERY == OLD_EVERY - 1:
                 return min(range(len(costs)), key=lambda depth: costs[depth].updated)
-        return self.best(min(limit, len(self._hits)))
+        return self.best(min(limit, len(self._costs) - 1))
 
     def record(self, depth: int, accepted: int, seconds: float) -> None:
-        """Take in a round: only heads whose predecessors were right were tested."""
+        """Take in a round."""
         self._round += 1
-        self._hits = [FADE * hits for hits in self._hits]
-        self._tests = [FADE * tests for tests in self._tests]
-        for head in range(min(depth, accepted + 1)):
-            self._tests[head] += 1
-            self._hits[head] += head < accepted
+        self._acceptance.record(depth, accepted)
         if self._timed:
             self._costs[depth].update(seconds, self._round)
 
 
-class _Cost:
-    """Seconds of a round at one depth."""
+class AverageCost:
+    """Seconds that something takes again and again, an average; see the module's text."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -134,6 +160,7 @@ class _Cost:
         self.updated = 0  # round of the latest sample
 
     def update(self, seconds: float, now: int) -> None:
+        """Take in a sample of round `now`."""
         seconds = max(seconds, 1e-9)  # a coarse clock may stand still
         if self.samples < WARM_SAMPLES:
             self.seconds = min(self.seconds, seconds) if self.samples else seconds

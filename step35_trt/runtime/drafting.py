@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from step35_trt.runtime.calls import ModelCall
 from step35_trt.runtime.sampling import draw, greedy, probabilities
+from step35_trt.runtime.session import Call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from step35_trt.runtime.calls import Calls
     from step35_trt.runtime.sampling import SamplingParams, Weights
     from step35_trt.runtime.session import Floats, Ids, Sequence, Step
 
+SHORT = 8  # rows that a drafting call takes along
 _NO_ROWS = np.empty(0, dtype=np.int64)
 
 
@@ -43,10 +47,10 @@ class DraftChain:
 
     A module that is not used falls behind; the input rows it has not seen are kept, at most about a chunk of
     them, so each module's cache is complete whenever it drafts. Per round: `propose`, then the decoder runs,
-    then `settle` and `observe`.
+    then `settle` and `observe`. What runs a module is a coroutine (`runtime/calls.py`).
 
     Args:
-        sequence: The caches.
+        sequence: The caches; where they are not empty, decoder and modules hold the same rows.
         modules: How many modules to keep fed; below `chunk`.
         chunk: Rows that one call takes at most.
     """
@@ -55,16 +59,16 @@ class DraftChain:
         self._sequence = sequence
         self._modules = modules
         self._chunk = chunk
-        self._rows = 0  # decoder rows observed: n
+        self._rows = sequence.length  # decoder rows observed: n
         self._drafted = 0  # modules whose newest rows rest on drafts
-        self._pending = tuple(_HiddenRows() for _ in range(modules))
+        self._pending = tuple(_HiddenRows(self._rows) for _ in range(modules))
 
     @property
     def pending_rows(self) -> int:
         """Hidden rows held back for all modules together."""
         return sum(len(rows) for rows in self._pending)
 
-    def observe(self, hidden: Floats, tokens: SequenceOf[int]) -> None:
+    def observe(self, hidden: Floats, tokens: SequenceOf[int]) -> Calls[None]:
         """Take the decoder's hidden rows `[T, D]` that follow those seen before.
 
         Args:
@@ -82,23 +86,24 @@ class DraftChain:
         self._rows += len(hidden)
         for module in range(self._modules):  # what nobody uses now must not pile up
             while self._ready(module, tokens) >= self._chunk:
-                self._feed(module, tokens, self._chunk)
+                yield from self._feed(module, tokens, self._chunk)
 
-    def catch_up(self, depth: int, tokens: SequenceOf[int]) -> None:
+    def catch_up(self, depth: int, tokens: SequenceOf[int]) -> Calls[None]:
         """Run what modules 0 .. depth-1 have missed, so that their next drafting calls are short.
 
-        Does nothing in the steady state, where each call takes at most `modules` + 1 rows anyway.
+        Does nothing in the steady state, where each call takes at most `modules` + 1 rows anyway, and where
+        the backlog is so short that a call of its own would cost more than the rows do.
         """
         furthest = min((self._sequence.draft_length(module) for module in range(depth)), default=self._rows)
-        if self._rows - furthest <= self._modules + 1:
+        if self._rows - furthest <= min(max(self._modules + 1, SHORT), self._chunk):
             return
         for module in range(depth):
             while ready := self._ready(module, tokens):
-                self._feed(module, tokens, min(ready, self._chunk))
+                yield from self._feed(module, tokens, min(ready, self._chunk))
 
     def propose(
         self, depth: int, tokens: SequenceOf[int], params: SamplingParams, rng: np.random.Generator
-    ) -> Proposal:
+    ) -> Calls[Proposal]:
         """Draft `depth` tokens, one module each.
 
         Args:
@@ -107,7 +112,7 @@ class DraftChain:
             params: Drafts are drawn under the same filters as the answer.
             rng: Source of the draws.
         """
-        self.catch_up(depth, tokens)
+        yield from self.catch_up(depth, tokens)
         drafts: list[int] = []
         weights: list[Weights] = []
         for module in range(depth):
@@ -115,7 +120,7 @@ class DraftChain:
             # Counted from the end: row n-1 takes the newest draft (module 0: the newest token), n-2 the one
             # before. All rows that rest on drafts go into one call, as only the latest call's can be undone.
             ids = [*tokens[first + 1 :], *drafts][first - self._rows :]
-            step = self._run(module, ids, np.array([len(ids) - 1], dtype=np.int64))
+            step = yield from self._run(module, ids, np.array([len(ids) - 1], dtype=np.int64))
             if params.greedy:
                 drafts.append(int(greedy(step.logits)[0]))
             else:
@@ -142,15 +147,18 @@ class DraftChain:
         end = min(given, self._rows - 1, len(tokens) - 1 - module)
         return max(end - self._sequence.draft_length(module), 0)
 
-    def _feed(self, module: int, tokens: SequenceOf[int], count: int) -> None:
+    def _feed(self, module: int, tokens: SequenceOf[int], count: int) -> Calls[None]:
+        """Run at most `count` rows that nobody wants logits of; at least one."""
         first = self._sequence.draft_length(module)
-        self._run(module, tokens[first + 1 + module : first + 1 + module + count], _NO_ROWS)
-        self._pending[module].drop(first + count)
+        ids = tokens[first + 1 + module : first + 1 + module + count]
+        yield from self._run(module, ids, _NO_ROWS, divisible=True)
+        self._pending[module].drop(self._sequence.draft_length(module))
 
-    def _run(self, module: int, ids: SequenceOf[int], rows: Ids) -> Step:
+    def _run(self, module: int, ids: SequenceOf[int], rows: Ids, *, divisible: bool = False) -> Calls[Step]:
         first = self._sequence.draft_length(module)
         hidden = self._pending[module].read(first, first + len(ids))
-        step = self._sequence.draft(module, np.array(ids, dtype=np.int64), hidden, rows)
+        call = Call(self._sequence, np.array(ids, dtype=np.int64), rows, hidden)
+        step = yield ModelCall(module, call, divisible)
         if module + 1 < self._modules:
             self._pending[module + 1].append(step.hidden)
         return step
@@ -159,10 +167,9 @@ class DraftChain:
 class _HiddenRows:
     """Rows `first .. end-1` of one producer, `[*, D]` fp32, in a buffer that grows as needed."""
 
-    def __init__(self) -> None:
-        self.first = 0
-        self.end = 0
-        self._origin = 0  # the row that lies at the buffer's start
+    def __init__(self, first: int) -> None:
+        self.first = self.end = first
+        self._origin = first  # the row that lies at the buffer's start
         self._buffer: Floats = np.empty((0, 0), dtype=np.float32)
 
     def __len__(self) -> int:

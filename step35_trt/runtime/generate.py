@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from step35_trt.errors import DoesNotFitError, UsageError
+from step35_trt.runtime.calls import ModelCall, drive
 from step35_trt.runtime.depth import depth_policy, fixed_depth
 from step35_trt.runtime.drafting import DraftChain, Proposal
-from step35_trt.runtime.sampling import TargetRows, greedy, verify, verify_greedy, whole
+from step35_trt.runtime.sampling import (
+    TargetRows,
+    greedy,
+    log_probability,
+    verify,
+    verify_greedy,
+    whole,
+    without_bad_words,
+)
+from step35_trt.runtime.session import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from collections.abc import Sequence as SequenceOf
 
+    from step35_trt.runtime.calls import Calls
     from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.sampling import SamplingParams
-    from step35_trt.runtime.session import Floats, Ids, Sequence, Session, Step
+    from step35_trt.runtime.session import Floats, Ids, Sequence, Session
 
     Clock = Callable[[], float]
 
@@ -30,22 +42,27 @@ class GenerationStats:
 
     Attributes:
         prompt_tokens: Length of the prompt.
+        reused_tokens: How many of them were found in the cache.
         generated_tokens: Tokens given out; a stop id is not.
         rounds: Decoder calls after the prefill.
         drafted: Drafts of each MTP head.
         accepted: How many of them the decoder confirmed.
-        prefill_seconds: Time to the first token, the MTP modules' share of the prompt included.
+        prefill_seconds: Time of the prompt's calls: to the first token, and the MTP modules' share.
         decode_seconds: Time in rounds; what the caller does between them does not count.
+        log_probability: Sum over the answer's tokens of the model's own log-probabilities, before
+            temperature, filters and bad words; 0 unless the sampling parameters ask for it.
         finish_reason: 'stop', 'length', or None as long as neither happened.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     rounds: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    log_probability: float = 0.0
     finish_reason: Literal["stop", "length"] | None = None
 
     @property
@@ -67,20 +84,11 @@ class GenerationStats:
         vars(self).update(vars(GenerationStats(prompt_tokens, drafted=[0] * heads, accepted=[0] * heads)))
 
 
-@dataclass(frozen=True)
-class DecoderCall:
-    """What the decoder should run next: `Sequence.decode`'s arguments."""
-
-    token_ids: Ids
-    rows: Ids
-
-
 class Generation:
-    """The state of one generation, with the decoder calls left to the caller.
+    """The state of one generation, with the model's calls left to the caller.
 
-    `generate` makes them one at a time; a scheduler can gather the next calls of several generations into
-    one. Each turn: `next_call`, run it on `sequence`, hand the result to `take`. The arguments are those of
-    `generate`.
+    `generate` makes them one at a time; a scheduler gathers those of several generations into packed steps.
+    The arguments are those of `generate`.
 
     Raises:
         UsageError: from the constructor, naming the argument that is off.
@@ -109,17 +117,15 @@ class Generation:
         self._stop_ids = frozenset(stop_ids)
         self._sampling = sampling
         self._rng = sampling.generator()
+        self._drawn = self._rng.bit_generator.state  # as of the newest certain token
+        self._session = session
         self._chunk = session.prefill_chunk
         # Verifying K drafts takes K + 1 tokens in one call.
-        depth = min(heads if fixed is None else fixed, self._chunk - 1)
-        self._depth_limit = depth
+        self._depth_limit = min(heads if fixed is None else fixed, self._chunk - 1)
         repeatable = sampling.seed is not None and not sampling.greedy
-        self._policy = depth_policy(draft_tokens, depth, repeatable=repeatable)
-        self.sequence: Sequence = session.open()
-        self._chain = DraftChain(self.sequence, depth, self._chunk)
-        self._proposal = Proposal()
+        self._policy = depth_policy(draft_tokens, self._depth_limit, repeatable=repeatable)
+        self._certain: list[int] = []
         self._clock = clock
-        self._call_started = self._round_started = 0.0
         self.stats = stats if stats is not None else GenerationStats()
         self.stats._begin(self._prompt_length, heads)
 
@@ -129,83 +135,107 @@ class Generation:
         return self.stats.finish_reason is not None
 
     @property
-    def chain(self) -> DraftChain:
-        """The MTP modules' side."""
-        return self._chain
+    def known_tokens(self) -> int:
+        """Length of the prompt and the answer so far: its sequence needs one row less."""
+        return len(self._tokens)
 
-    def next_call(self) -> DecoderCall:
-        """A chunk of the prompt, or the newest token and drafts of those after it; runs the MTP modules."""
-        self._call_started = self._clock()
-        done = self.sequence.length
-        if done < self._prompt_length:
-            ids = self._tokens[done : min(done + self._chunk, self._prompt_length)]
-            last = done + len(ids) == self._prompt_length
-            rows = np.array([len(ids) - 1] if last else [], dtype=np.int64)
-            return DecoderCall(np.array(ids, dtype=np.int64), rows)
-        left = self._limit - self.stats.generated_tokens
-        depth = self._policy.choose(min(self._depth_limit, left - 1))
-        self._chain.catch_up(depth, self._tokens)
-        self._round_started = self._clock()  # a backlog is no part of what this depth costs
-        self._proposal = self._chain.propose(depth, self._tokens, self._sampling, self._rng)
-        ids = [self._tokens[-1], *self._proposal.token_ids]
-        return DecoderCall(np.array(ids, dtype=np.int64), np.arange(len(ids)))
+    @property
+    def round_tokens(self) -> int:
+        """Rows that a round adds at most."""
+        return self._depth_limit + 1
 
-    def take(self, step: Step) -> list[int]:
-        """Take the result of the call, which `sequence` already holds; returns the tokens now certain.
+    def take(self) -> list[int]:
+        """The tokens that have become certain since the last time."""
+        new, self._certain = self._certain, []
+        return new
+
+    def calls(self) -> Calls[None]:
+        """The calls to make until `finished`, on a sequence that is opened first and closed at the end.
+
+        The coroutine may be closed at any time; another one continues the answer, from a sequence of its own,
+        as if there had been no interruption.
 
         Raises:
+            DoesNotFitError: the session has no sequence to give.
             VerificationError: the logits are not finite.
         """
-        if len(self._tokens) == self._prompt_length:
-            new = self._take_prompt(step)
-            self.stats.prefill_seconds += self._clock() - self._call_started
-        else:
-            new = self._take_round(step)
-            self.stats.decode_seconds += self._clock() - self._call_started
-        return new
+        self._rng.bit_generator.state = self._drawn
+        sequence = self._session.open(np.array(self._tokens, dtype=np.int64), self._depth_limit)
+        try:
+            chain = DraftChain(sequence, self._depth_limit, self._chunk)
+            yield from self._prefill(sequence, chain)
+            while not self.finished:
+                yield from self._round(sequence, chain)
+        finally:
+            sequence.close()
 
-    def _take_prompt(self, step: Step) -> list[int]:
-        new: list[int] = []
-        if self.sequence.length == self._prompt_length:
-            new = self._extend([self._verify(Proposal(), step.logits)[1]])
-        if not self.finished:
-            self._chain.observe(step.hidden, self._tokens)
-            self._chain.catch_up(self._depth_limit, self._tokens)
-        return new
+    def _prefill(self, sequence: Sequence, chain: DraftChain) -> Calls[None]:
+        """The prompt, in chunks; of a continued answer also what was said, save the newest token."""
+        started = self._clock()
+        begun = self.stats.generated_tokens > 0
+        if not begun:
+            self.stats.reused_tokens = sequence.length
+        end = len(self._tokens) - begun
+        while (done := sequence.length) < end:
+            ids = self._tokens[done : min(done + self._chunk, end)]
+            last = done + len(ids) == end and not begun
+            rows = np.array([len(ids) - 1] if last else [], dtype=np.int64)
+            call = Call(sequence, np.array(ids, dtype=np.int64), rows)
+            step = yield ModelCall(None, call, divisible=True)
+            if sequence.length == end and not begun:
+                self._extend([self._verify(Proposal(), step.logits)[1]], step.logits)
+                if self.finished:
+                    break
+            yield from chain.observe(step.hidden, self._tokens)
+            yield from chain.catch_up(self._depth_limit, self._tokens)
+        self.stats.prefill_seconds += self._clock() - started
 
-    def _take_round(self, step: Step) -> list[int]:
-        depth = len(self._proposal.token_ids)
-        accepted, token = self._verify(self._proposal, step.logits)
+    def _round(self, sequence: Sequence, chain: DraftChain) -> Calls[None]:
+        """Draft, verify, and undo what was refused."""
+        started = self._clock()
+        left = self._limit - self.stats.generated_tokens
+        depth = self._policy.choose(min(self._depth_limit, left - 1))
+        yield from chain.catch_up(depth, self._tokens)
+        drafting = self._clock()  # a backlog is no part of what this depth costs
+        proposal = yield from chain.propose(depth, self._tokens, self._sampling, self._rng)
+        ids = np.array([self._tokens[-1], *proposal.token_ids], dtype=np.int64)
+        step = yield ModelCall(None, Call(sequence, ids, np.arange(len(ids))))
+        accepted, token = self._verify(proposal, step.logits)
         if accepted < depth:
-            self.sequence.truncate(self.sequence.length - (depth - accepted))
-        self._chain.settle(accepted)
-        self._policy.record(depth, accepted, self._clock() - self._round_started)
+            sequence.truncate(sequence.length - (depth - accepted))
+        chain.settle(accepted)
+        self._policy.record(depth, accepted, self._clock() - drafting)
         self.stats.rounds += 1
         for head in range(depth):
             self.stats.drafted[head] += 1
             self.stats.accepted[head] += head < accepted
-        new = self._extend([*self._proposal.token_ids[:accepted], token])
+        self._extend([*proposal.token_ids[:accepted], token], step.logits)
         if not self.finished:
-            self._chain.observe(step.hidden[: accepted + 1], self._tokens)
-        return new
+            yield from chain.observe(step.hidden[: accepted + 1], self._tokens)
+        self.stats.decode_seconds += self._clock() - started
 
     def _verify(self, proposal: Proposal, logits: Floats) -> tuple[int, int]:
+        if bad_words := self._sampling.bad_words:
+            logits = without_bad_words(logits, [*self._tokens, *proposal.token_ids], bad_words)
         if self._sampling.greedy:
             return verify_greedy(proposal.token_ids, greedy(logits))
         targets = TargetRows(logits, self._sampling)
         return verify(proposal.token_ids, proposal.weights, targets, self._rng)
 
-    def _extend(self, new: list[int]) -> list[int]:
-        """Append what the stop ids and the limit let pass."""
+    def _extend(self, new: list[int], logits: Floats) -> None:
+        """Append what the stop ids and the limit let pass; row r of `logits` is what `new[r]` came from."""
         stop = next((place for place, token in enumerate(new) if token in self._stop_ids), None)
         if stop is not None:
             new = new[:stop]
             self.stats.finish_reason = "stop"
+        if self._sampling.log_probabilities:
+            self.stats.log_probability += log_probability(logits, new)
         self._tokens += new
+        self._certain += new
+        self._drawn = self._rng.bit_generator.state
         self.stats.generated_tokens += len(new)
         if stop is None and self.stats.generated_tokens >= self._limit:
             self.stats.finish_reason = "length"
-        return new
 
 
 def generate(
@@ -243,6 +273,7 @@ def generate(
         DoesNotFitError: the context has no room for the prompt and an answer.
         VerificationError: from the iterator, when the model's logits are not finite.
     """
+    watch = _Stopwatch(clock)
     generation = Generation(
         session,
         prompt_ids,
@@ -251,17 +282,34 @@ def generate(
         stop_ids=stop_ids,
         draft_tokens=draft_tokens,
         stats=stats,
-        clock=clock,
+        clock=watch,
     )
-    return _rounds(generation)
+    return _parts(session, generation, watch)
 
 
-def _rounds(generation: Generation) -> Iterator[list[int]]:
-    while not generation.finished:
-        call = generation.next_call()
-        new = generation.take(generation.sequence.decode(call.token_ids, call.rows))
-        if new:
-            yield new
+def _parts(session: Session, generation: Generation, watch: _Stopwatch) -> Iterator[list[int]]:
+    with closing(drive(session, generation.calls())) as steps:
+        for _ in steps:
+            if new := generation.take():
+                with watch.stopped():
+                    yield new
+
+
+class _Stopwatch:
+    """A clock that can be stopped: what the caller of an iterator does between two of its values."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lost = 0.0
+
+    def __call__(self) -> float:
+        return self._clock() - self._lost
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        at = self._clock()
+        yield
+        self._lost += self._clock() - at
 
 
 def _check_prompt(prompt_ids: SequenceOf[int] | Ids, session: Session) -> list[int]:

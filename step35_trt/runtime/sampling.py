@@ -44,6 +44,8 @@ class SamplingParams:
         top_k: Keep this many likeliest tokens; 0 is off.
         min_p: Drop tokens less likely than this share of the likeliest; 0 is off.
         seed: Makes the draws repeatable; None draws from the operating system's entropy.
+        bad_words: Runs of token ids that the answer does not complete; what the prompt ends in counts.
+        log_probabilities: Whether the model's own log-probabilities of the answer are summed up.
 
     Raises:
         UsageError: a value is not a number or out of its range.
@@ -54,6 +56,8 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    log_probabilities: bool = False
 
     def __post_init__(self) -> None:
         if not (_real(self.temperature) and self.temperature >= 0):
@@ -66,6 +70,8 @@ class SamplingParams:
             raise UsageError(f"min_p must be a number from 0 to 1, not {self.min_p!r}")
         if self.seed is not None and not (whole(self.seed) and self.seed >= 0):
             raise UsageError(f"seed must be a whole number from 0 up, not {self.seed!r}")
+        if not all(self.bad_words):
+            raise UsageError("a bad word is empty")
 
     @property
     def greedy(self) -> bool:
@@ -117,6 +123,36 @@ def probabilities(logits: Floats, params: SamplingParams) -> Weights:
         else:
             target[:] = _weights(row, params)
     return result
+
+
+def without_bad_words(logits: Floats, tokens: Sequence[int], bad_words: Sequence[Sequence[int]]) -> Floats:
+    """`logits` `[R, V]` with the last ids of bad words pushed down where the ids before them stand.
+
+    Args:
+        logits: Row r says what follows `tokens` without the last R - 1 - r; not changed.
+        tokens: The sequence, drafts included.
+        bad_words: Runs of ids, none empty; ids outside the vocabulary never come anyway.
+
+    The value is the lowest finite one: exp makes a 0 of it, and it is no sign of a damaged model.
+    """
+    rows, vocabulary = logits.shape
+    banned = logits.copy()
+    for row in range(rows):
+        end = len(tokens) - (rows - 1 - row)
+        for *before, last in bad_words:
+            if 0 <= last < vocabulary and list(tokens[max(0, end - len(before)) : end]) == before:
+                banned[row, last] = np.finfo(banned.dtype).min
+    return banned
+
+
+def log_probability(logits: Floats, tokens: Sequence[int]) -> float:
+    """Sum of the natural logarithms of softmax(row)[token] over the first `len(tokens)` rows of `[R, V]`."""
+    total = 0.0
+    for row, token in zip(logits, tokens, strict=False):
+        scores = row.astype(np.float64)
+        top = scores.max()
+        total += float(scores[token] - top - np.log(np.exp(scores - top).sum()))
+    return total
 
 
 @dataclass(frozen=True)

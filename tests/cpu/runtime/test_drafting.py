@@ -1,15 +1,19 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step35_trt.runtime.drafting import DraftChain, Proposal
+from step35_trt.runtime.calls import run
+from step35_trt.runtime.drafting import SHORT, DraftChain, Proposal
 from step35_trt.runtime.sampling import SamplingParams, greedy, probabilities
 from tests.cpu.runtime.fakes import DECODER, FakeModel, FakeSequence, FakeSession, fresh_caches
+
+if TYPE_CHECKING:
+    from step35_trt.runtime.calls import Calls
 
 GREEDY = SamplingParams()
 MODELS = {modules: FakeModel.drawn(modules, modules=modules) for modules in (1, 2, 3)}
@@ -17,6 +21,16 @@ MODELS = {modules: FakeModel.drawn(modules, modules=modules) for modules in (1, 
 
 def ids(tokens: Any) -> Any:
     return np.array(tokens, dtype=np.int64)
+
+
+def finish(session: Any, calls: Any) -> Any:
+    """Run a coroutine's calls by themselves; what it returns."""
+    try:
+        needed = next(calls)
+        while True:
+            needed = calls.send(run(session, needed))
+    except StopIteration as end:
+        return end.value
 
 
 class Driver:
@@ -30,6 +44,9 @@ class Driver:
         self.tokens: list[int] = []
         self.rng = np.random.default_rng(seed)
 
+    def run(self, calls: Any) -> Any:
+        return finish(self.session, calls)
+
     def other(self, *excluded: int) -> int:
         return int(self.rng.choice([token for token in range(8) if token not in excluded]))
 
@@ -40,18 +57,18 @@ class Driver:
             step = self.sequence.decode(part, ids([]))
             if first + len(part) == length:
                 self.tokens.append(self.other())
-            self.chain.observe(step.hidden, self.tokens)
-            self.chain.catch_up(self.modules, self.tokens)
+            self.run(self.chain.observe(step.hidden, self.tokens))
+            self.run(self.chain.catch_up(self.modules, self.tokens))
 
     def round(self, depth: int, accepted: int, params: SamplingParams = GREEDY) -> None:
-        proposal = self.chain.propose(depth, self.tokens, params, self.rng)
+        proposal = self.run(self.chain.propose(depth, self.tokens, params, self.rng))
         drafts = proposal.token_ids
         step = self.sequence.decode(ids([self.tokens[-1], *drafts]), ids([]))
         accepted = min(accepted, depth)
         self.sequence.truncate(self.sequence.length - (depth - accepted))
         self.chain.settle(accepted)
         self.tokens += [*drafts[:accepted], self.other(*drafts[accepted : accepted + 1])]
-        self.chain.observe(step.hidden[: accepted + 1], self.tokens)
+        self.run(self.chain.observe(step.hidden[: accepted + 1], self.tokens))
 
     def check(self) -> None:
         """All caches are what a sequence that never saw a refused draft would hold."""
@@ -123,24 +140,24 @@ def test_the_prompt_is_run_by_the_modules_chunk_by_chunk() -> None:
     for module in range(3):
         first = next(i for i, (who, _, _) in enumerate(driver.sequence.calls) if who == module)
         assert first < decoder_calls[2]
-        assert driver.sequence.draft_length(module) >= 63 - module - 4
-    assert driver.chain.pending_rows <= 3 * 5
+        assert driver.sequence.draft_length(module) >= 63 - module - SHORT
+    assert driver.chain.pending_rows <= 3 * (SHORT + 1)
 
 
 def test_modules_that_do_not_draft_fall_behind_and_catch_up_in_chunks() -> None:
     driver = Driver(3, 16)
     driver.prefill(20)
     driver.sequence.calls.clear()
-    for _ in range(15):
+    for _ in range(7):
         driver.round(0, 0)
     assert all(who == DECODER for who, _, _ in driver.sequence.calls)
-    for _ in range(200):
+    for _ in range(195):
         driver.round(0, 0)
     calls = [rows for who, rows, _ in driver.sequence.calls if who != DECODER]
     assert calls
     assert all(rows == 16 for rows in calls)
     driver.sequence.calls.clear()
-    driver.chain.catch_up(2, driver.tokens)
+    driver.run(driver.chain.catch_up(2, driver.tokens))
     assert {who for who, _, _ in driver.sequence.calls} == {0, 1}
     driver.sequence.calls.clear()
     driver.round(2, 1)
@@ -152,9 +169,9 @@ def test_nothing_is_kept_or_run_without_modules() -> None:
     session = FakeSession(MODELS[3])
     sequence = session.open()
     chain = DraftChain(sequence, 0, 512)
-    chain.observe(sequence.decode(ids([1, 2, 3]), ids([])).hidden, [1, 2, 3, 4])
-    chain.catch_up(0, [1, 2, 3, 4])
-    proposal = chain.propose(0, [1, 2, 3, 4], GREEDY, np.random.default_rng(0))
+    finish(session, chain.observe(sequence.decode(ids([1, 2, 3]), ids([])).hidden, [1, 2, 3, 4]))
+    finish(session, chain.catch_up(0, [1, 2, 3, 4]))
+    proposal = finish(session, chain.propose(0, [1, 2, 3, 4], GREEDY, np.random.default_rng(0)))
     chain.settle(0)
     assert proposal.token_ids == proposal.weights == ()
     assert chain.pending_rows == 0
@@ -170,9 +187,11 @@ def test_drafts_come_from_each_modules_own_filtered_distribution(
     proposals: list[tuple[Any, Proposal]] = []
     propose = driver.chain.propose
 
-    def watched(depth: int, tokens: Any, *rest: Any) -> Proposal:
-        proposals.append((tokens[-2:], propose(depth, tokens, *rest)))
-        return proposals[-1][1]
+    def watched(depth: int, tokens: Any, *rest: Any) -> Calls[Proposal]:
+        newest = tokens[-2:]
+        proposal = yield from propose(depth, tokens, *rest)
+        proposals.append((newest, proposal))
+        return proposal
 
     monkeypatch.setattr(driver.chain, "propose", watched)
     likeliest = 0
@@ -193,6 +212,6 @@ def test_drafts_come_from_each_modules_own_filtered_distribution(
 def test_observing_before_settling_is_refused() -> None:
     driver = Driver(2, 16)
     driver.prefill(4)
-    driver.chain.propose(2, driver.tokens, GREEDY, driver.rng)
+    driver.run(driver.chain.propose(2, driver.tokens, GREEDY, driver.rng))
     with pytest.raises(RuntimeError, match="settle"):
-        driver.chain.observe(np.zeros((1, 4), dtype=np.float32), driver.tokens)
+        driver.run(driver.chain.observe(np.zeros((1, 4), dtype=np.float32), driver.tokens))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step35_trt.errors import DoesNotFitError, Step35Error, UsageError, VerificationError
+from step35_trt.runtime.calls import run
 from step35_trt.runtime.generate import Generation, GenerationStats, generate
 from step35_trt.runtime.sampling import SamplingParams
 from tests.cpu.runtime.fakes import DECODER, FakeModel, FakeSession, Scripted, flat, fresh_caches
@@ -178,10 +180,17 @@ def test_only_the_modules_that_draft_are_run() -> None:
 
 def test_the_prompt_is_prefilled_in_chunks_and_asks_for_one_row_of_logits() -> None:
     session = FakeSession(FakeModel.drawn(1), prefill_chunk=8)
-    next(generate(session, [1, 2, 3, 4, 5] * 4, GREEDY, max_tokens=9))
+    answer = generate(session, [1, 2, 3, 4, 5] * 4, GREEDY, max_tokens=9)
+    next(answer)
     (sequence,) = session.opened
+    # The first token does not wait for the modules to take the last chunk.
+    assert [sequence.draft_length(module) for module in range(3)] == [8, 8, 8]
     assert [call[1:] for call in sequence.calls if call[0] == DECODER] == [(8, 0), (8, 0), (4, 1)]
-    assert [sequence.draft_length(module) for module in range(3)] == [19, 19, 18]
+    calls = len(sequence.calls)
+    next(answer)
+    after = sequence.calls[calls:]
+    assert after[:3] == [(0, 8, 0), (1, 8, 0), (2, 8, 0)]
+    assert all(rows <= 4 for who, rows, _ in after[3:] if who != DECODER)
 
 
 @pytest.mark.parametrize(
@@ -246,16 +255,58 @@ def test_closing_an_answer_leaves_the_session_usable() -> None:
     assert flat(generate(session, [1] * 9, GREEDY, max_tokens=30)) == model.greedy([1] * 9, 30)
 
 
-def test_two_generations_can_take_turns() -> None:
-    """What a scheduler would do: gather the next calls, run them, hand the results back."""
-    model = FakeModel.drawn(4)
-    session = FakeSession(model, prefill_chunk=4)
-    prompts = ([1, 2, 3, 4, 5, 6, 7], [7])
-    turns = [Generation(session, prompt, GREEDY, max_tokens=40, draft_tokens=2) for prompt in prompts]
-    said: list[list[int]] = [[], []]
-    while not all(turn.finished for turn in turns):
-        running = [(i, turn, turn.next_call()) for i, turn in enumerate(turns) if not turn.finished]
-        results = [(i, turn, turn.sequence.decode(call.token_ids, call.rows)) for i, turn, call in running]
-        for i, turn, step in results:
-            said[i] += turn.take(step)
-    assert said == [model.greedy(prompt, 40) for prompt in prompts]
+def finish(session: FakeSession, turns: list[Generation], pick: Any) -> list[list[int]]:
+    """Run generations as a scheduler may: one picked call at a time, some of them in parts."""
+    said: list[list[int]] = [[] for _ in turns]
+    coroutines = [turn.calls() for turn in turns]
+    needed = [next(calls) for calls in coroutines]
+    while open_turns := [i for i, turn in enumerate(turns) if not turn.finished]:
+        i = open_turns[pick(len(open_turns))]
+        call = needed[i]
+        if call.divisible:
+            call = call.first(1 + pick(len(call)))
+        step = run(session, call)
+        try:
+            needed[i] = coroutines[i].send(step)
+        except StopIteration:
+            assert turns[i].finished
+        said[i] += turns[i].take()
+    assert all(sequence.closed for sequence in session.opened)
+    return said
+
+
+PAIR = ([1, 2, 3, 4, 5, 6, 7], [7])
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 1000), depth=st.sampled_from(DEPTHS), chunk=st.integers(4, 9))
+def test_generations_can_take_turns_and_have_their_prompts_cut(seed: int, depth: Any, chunk: int) -> None:
+    model, rng = FakeModel.drawn(4), np.random.default_rng(seed)
+    session = FakeSession(model, prefill_chunk=chunk)
+    turns = [Generation(session, prompt, GREEDY, max_tokens=40, draft_tokens=depth) for prompt in PAIR]
+    said = finish(session, turns, lambda count: int(rng.integers(count)))
+    assert said == [model.greedy(prompt, 40) for prompt in PAIR]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 1000), depth=st.sampled_from(DEPTHS), temperature=st.sampled_from([0.0, 1.0]))
+def test_an_answer_goes_on_with_another_sequence_as_if_nothing_had_happened(
+    seed: int, depth: Any, temperature: float
+) -> None:
+    model, rng = FakeModel.drawn(4), np.random.default_rng(seed)
+    session = FakeSession(model, prefill_chunk=16)
+    params = SamplingParams(temperature=temperature, seed=seed)
+    expected = flat(generate(session, PAIR[0], params, max_tokens=40, draft_tokens=depth))
+    generation = Generation(session, PAIR[0], params, max_tokens=40, draft_tokens=depth)
+    said: list[int] = []
+    while not generation.finished:
+        calls = generation.calls()
+        needed = next(calls)
+        with suppress(StopIteration):
+            for _ in range(int(rng.integers(1, 60))):
+                needed = calls.send(run(session, needed))
+        calls.close()
+        said += generation.take()
+    assert said == expected
+    assert generation.stats.generated_tokens == 40
+    assert all(sequence.closed for sequence in session.opened)
