@@ -1,0 +1,212 @@
+"""Programs run by torch: segments said again to the torch dialect, plugins as kernels or by their definition.
+
+For calls of given numbers of tokens and rows a program is bound once: views of one arena whose place does not
+change, and a list of launches over them. Running it decides nothing and waits for nothing, which is what a
+CUDA graph needs to record it; the definition of the plugins, for the CPU, is the exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from step35_trt.dialects.torch import SequenceBatch, TorchOps
+from step35_trt.errors import UnsupportedError
+from step35_trt.interpret.executor import layer_spec
+from step35_trt.runtime.program_weights import DTYPES
+from step35_trt.signatures import Vector
+from step35_trt.trace import Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from step35_trt.dialects.torch import Kernels
+    from step35_trt.runtime.program_weights import ProgramWeights
+    from step35_trt.segments import Segment
+    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram
+
+# Takes a collective step, this rank's input and where its output goes.
+Exchange = Callable[["CollectiveStep", "Tensor", "Tensor"], None]
+Launch = Callable[["SequenceBatch"], None]
+# A word of `Ops` on tensors.
+Word = Callable[..., "Tensor"]
+
+BUFFERS = DTYPES | {"int64": torch.int64}
+NOBODY = SequenceBatch((), (), ())  # what dense algebra and experts know of sequences
+KEPT = 64  # bound programs: decoding has few sizes, the rest are ends of prompts
+
+
+def refuse(step: CollectiveStep, _: Tensor, __: Tensor) -> None:
+    """The `Exchange` of a process that is alone."""
+    raise UnsupportedError(f"{step.name}: {step.operation} needs other ranks")
+
+
+@dataclass
+class TorchExecutor:
+    """Programs over one set of segments and weights, in one arena.
+
+    Attributes:
+        segments: By the key that steps name them by.
+        weights: What this rank holds.
+        exchange: Does a collective with the other ranks.
+        kernels: Run the plugins in the definition's place.
+        words: Spellings of words that are better than the definition's where the weights lie; see `Ops`.
+    """
+
+    segments: Mapping[str, Segment]
+    weights: ProgramWeights
+    exchange: Exchange = refuse
+    kernels: Kernels | None = None
+    words: Mapping[str, Word] = field(default_factory=dict)
+    _arena: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _bound: dict[tuple[int, int, int], BoundProgram] = field(default_factory=dict)
+
+    def bind(self, program: StepProgram, tokens: int, rows: int) -> BoundProgram:
+        """A program for calls of so many packed tokens and wanted rows; the last few are kept.
+
+        The arena grows where a call is longer than any before, which unbinds all: reserve the longest first.
+        """
+        key = id(program), tokens, rows
+        longest = max(tokens, rows)
+        if len(self._arena) < program.arena * longest:
+            self._bound.clear()
+            self._arena = torch.empty(program.arena * longest, dtype=torch.uint8, device=self.weights.device)
+        if key not in self._bound:
+            if len(self._bound) == KEPT:
+                self._bound.pop(next(iter(self._bound)))
+            self._bound[key] = BoundProgram.of(self, program, self._arena, tokens, rows)
+        return self._bound[key]
+
+    def run(
+        self, program: StepProgram, inputs: Mapping[str, Tensor], batch: SequenceBatch
+    ) -> dict[str, Tensor]:
+        """The program's outputs by name, which the next run overwrites.
+
+        Args:
+            program: Of this executor's segments.
+            inputs: By name; copied in, from any device.
+            batch: Which tokens belong to which sequence.
+        """
+        bound = self.bind(program, len(inputs["token_ids"]), len(inputs["rows"]))
+        with torch.inference_mode():
+            for name, value in inputs.items():
+                bound.inputs[name].copy_(value)
+            bound.run(batch)
+        return bound.outputs
+
+
+@dataclass(frozen=True)
+class BoundProgram:
+    """A program with its buffers in place.
+
+    Attributes:
+        program: What is bound.
+        inputs: Buffers to be filled, by name.
+        outputs: Buffers that are filled by a run, by name.
+        launches: The steps.
+    """
+
+    program: StepProgram
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    launches: tuple[Launch, ...]
+
+    @classmethod
+    def of(
+        cls, executor: TorchExecutor, program: StepProgram, arena: Tensor, tokens: int, rows: int
+    ) -> BoundProgram:
+        """Bind a program; `arena` is uint8 and long enough."""
+        counts = {"tokens": tokens, "rows": rows}
+        buffers = {b.name: _view(b, arena, counts) for b in program.buffers}
+        launches = []
+        for step in program.steps:
+            if step.kind == "segment":
+                launches.append(_segment(executor, step, buffers))
+            elif step.kind == "kernel":
+                launches.append(_kernel(executor, step, buffers))
+            else:
+                launches.append(_collective(executor, step, buffers))
+        return cls(
+            program,
+            {name: buffers[buffer] for name, buffer in program.inputs.items()},
+            {name: buffers[buffer] for name, buffer in program.outputs.items()},
+            tuple(launches),
+        )
+
+    def run(self, batch: SequenceBatch) -> None:
+        """All steps in order."""
+        for launch in self.launches:
+            launch(batch)
+
+
+def _view(buffer: Buffer, arena: Tensor, counts: Mapping[str, int]) -> Tensor:
+    """A buffer's rows. Its offset is in bytes for each token of the longest call (see `Buffer`)."""
+    count, start = counts[buffer.rows], buffer.offset * max(counts.values())
+    flat = arena[start : start + count * buffer.row_bytes].view(BUFFERS[buffer.dtype])
+    return flat.view(count, buffer.width) if buffer.width else flat
+
+
+def _segment(executor: TorchExecutor, step: SegmentStep, buffers: Mapping[str, Tensor]) -> Launch:
+    """The calls of the segment that the step shares with others, on the step's own weights."""
+    segment, weights = executor.segments[step.engine], executor.weights
+    alias, ops = segment.alias(), TorchOps(weights, NOBODY)
+    words: dict[str, Word] = {"embedding": weights.embedding, **executor.words}
+
+    def own(argument: Any) -> Any:
+        if isinstance(argument, Vector):
+            return weights.vector(step.weights[alias[argument.name]])
+        return step.weights[alias[argument]].weight if isinstance(argument, str) else argument
+
+    calls = [
+        (
+            words.get(call.word) or getattr(ops, call.word),
+            tuple(map(own, call.arguments)),
+            call.result.index,
+        )
+        for call in segment.calls
+    ]
+    inputs = [(v.index, buffers[step.inputs[f"x{i}"]]) for i, v in enumerate(segment.inputs)]
+    outputs = [(v.index, buffers[step.outputs[f"y{i}"]]) for i, v in enumerate(segment.outputs)]
+
+    def launch(_: SequenceBatch) -> None:
+        values = dict(inputs)
+        for word, arguments, result in calls:
+            values[result] = word(*(values[a.index] if isinstance(a, Value) else a for a in arguments))
+        for index, buffer in outputs:
+            buffer.copy_(values[index])
+
+    return launch
+
+
+def _kernel(executor: TorchExecutor, step: KernelStep, buffers: Mapping[str, Tensor]) -> Launch:
+    weights, kernels, call = executor.weights, executor.kernels, step.call
+    inputs, output = [buffers[name] for name in step.inputs], buffers[step.output]
+    if call.plugin == "gated_attention":
+        gammas = [weights.tensor(name).float() + 1.0 for name in (call.q_gamma, call.k_gamma)]
+        layer, eps = layer_spec(call), call.eps
+
+        def attention(batch: SequenceBatch) -> None:
+            q, k, v, gate = inputs
+            if kernels is None:
+                v = v.clone()  # the definition's cache keeps what it is given, the arena does not
+            ops = TorchOps(weights, batch, kernels)
+            output.copy_(ops.gated_attention(q, k, v, gate, gammas[0], gammas[1], eps, layer))
+
+        return attention
+    if call.plugin == "sparse_moe":
+        ops = TorchOps(weights, NOBODY, kernels)
+        settings = call.experts, call.top_k, call.scale, call.limit
+        return lambda _: _put(output, ops.sparse_moe(inputs[0], inputs[1], inputs[2], *settings))
+    return lambda _: _put(output, inputs[0][inputs[1]])
+
+
+def _collective(executor: TorchExecutor, step: CollectiveStep, buffers: Mapping[str, Tensor]) -> Launch:
+    given, output = buffers[step.input], buffers[step.output]
+    return lambda _: executor.exchange(step, given, output)
+
+
+def _put(output: Tensor, value: Tensor) -> None:
+    output.copy_(value)
