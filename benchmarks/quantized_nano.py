@@ -20,7 +20,7 @@ import torch
 
 from step35_trt.build import build
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights, SequenceBatch, TorchOps
+from step35_trt.dialects.torch import CheckpointWeights, TorchOps
 from step35_trt.engine import EngineSpec
 from step35_trt.evaluate import evaluate, log_softmax
 from step35_trt.nano.corpus import held_out_text
@@ -32,7 +32,7 @@ from step35_trt.quantize.folding import Folded, Folding
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.resources import NANO
 from step35_trt.runtime.load import open_bundle
-from step35_trt.runtime.session_torch import TorchSequence, TorchSession
+from step35_trt.runtime.session_torch import TorchSession
 from step35_trt.runtime.text import Text
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.dialects.torch import Weights
-    from step35_trt.runtime.session import Session
+    from step35_trt.runtime.packing import Packed
+    from step35_trt.runtime.session import Call, Session
 
 LENGTH = 512
 MODULES = 3
@@ -138,26 +139,15 @@ class RoundingOps(TorchOps):
         return self._rounded(super().swiglu(gate, up, limit), "model.layers.3.moe.down_proj.weight")
 
 
-@dataclass
-class RoundingSequence(TorchSequence):
-    """Runs `RoundingOps`."""
-
-    recipe: Recipe | None = None
-
-    def _ops(self, tokens: int, past: int) -> TorchOps:
-        batch = SequenceBatch((tokens,), (past,), (self._caches,))
-        return RoundingOps(self.session.weights, batch, recipe=self.recipe)
-
-
 @dataclass(frozen=True)
 class RoundingSession(TorchSession):
     """A session that rounds as a recipe's products do."""
 
     recipe: Recipe | None = None
 
-    def open(self) -> TorchSequence:
-        """See `Session`."""
-        return RoundingSequence(self, recipe=self.recipe)
+    def _packed(self, calls: Sequence[Call], pasts: list[int]) -> tuple[Packed, TorchOps]:
+        packed, ops = super()._packed(calls, pasts)
+        return packed, RoundingOps(ops.weights, ops.batch, recipe=self.recipe)
 
 
 def main() -> None:

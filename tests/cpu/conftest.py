@@ -4,6 +4,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine draws slowly, which says nothing about a strategy.
+settings.register_profile("suite", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("suite")
 
 # One thread a library: pytest-xdist uses the cores.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
