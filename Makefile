@@ -15,11 +15,17 @@ TORCH := torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# The Python inside of Triton's server has numpy 1: an environment of its own.
+.venv/server/ready: .venv/core
+	$(PYTHON) -m venv .venv/server
+	.venv/server/bin/pip install --quiet --disable-pip-version-check --editable '.[triton-server]'
+	@touch $@
+
 demo: .venv/core ## build nano for the CPU in int4 and complete a prompt, drafting
 	$(BIN)/step35-trt build-engine nano -o build/nano-cpu-int4 --engine cpu-int4
 	$(BIN)/step35-trt generate build/nano-cpu-int4 --prompt "def read(self, size=-1):" --max-tokens 64
 
-test: .venv/dev ## the whole suite, on every core
+test: .venv/dev .venv/server/ready ## the whole suite, on every core
 	$(BIN)/python -m pytest -n auto
 
 check: .venv/dev ## lint and types
@@ -30,6 +36,7 @@ check: .venv/dev ## lint and types
 bench: .venv/dev ## what the README's figures come from
 	$(BIN)/python -m benchmarks.mtp
 	$(BIN)/python -m benchmarks.cpu_slice
+	$(BIN)/python -m benchmarks.batching
 
 clean:
 	rm -rf .venv build
