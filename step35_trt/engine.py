@@ -31,7 +31,9 @@ class EngineSpec(BaseModel):
 
     `hardware` names a file of `engines/hardware/` and is kept whole, so that a bundle says what it was made
     for; an engine runs on `devices` of it. `max_tokens` bounds prompt and answer of a sequence together
-    (absent: what the model was trained for), `max_sequences` those that run at once; `prefill_chunk` is the
+    (absent: what the model was trained for), `max_sequences` those of that length that run at once. On a CPU
+    `cache_tokens` is what all sequences, of any length, have together (absent: what `max_sequences` of the
+    greatest length take), and nothing else bounds how many run; `prefill_chunk` is the
     most tokens run in one call; `draft_tokens` the most MTP modules used.
     """
 
@@ -45,6 +47,7 @@ class EngineSpec(BaseModel):
     recipe: str
     max_tokens: int | None = Field(default=None, gt=0)
     max_sequences: int = Field(default=1, gt=0)
+    cache_tokens: int | None = Field(default=None, gt=0)
     prefill_chunk: int = Field(default=512, gt=0)
     draft_tokens: int = Field(default=3, ge=0)
 

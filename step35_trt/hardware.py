@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, field_validator
 
 from step35_trt.resources import load_yaml
 
@@ -29,7 +29,7 @@ class Hardware(BaseModel):
         unified: The operating system lives in the same memory.
         bandwidth: Published bytes per second.
         reachable_bandwidth: Bytes per second that kernels have been seen to reach, where that is known.
-        operations: Published dense operations per second, a multiply-add being two.
+        operations: Published dense operations per second, a multiply-add being two; fp32 at least.
         reserved: Bytes that a plan leaves alone, by what for. Assumptions, not facts.
         link: Absent where devices of one machine are not joined.
     """
@@ -41,9 +41,20 @@ class Hardware(BaseModel):
     unified: bool
     bandwidth: PositiveFloat
     reachable_bandwidth: PositiveFloat | None = None
-    operations: dict[Arithmetic, PositiveFloat] = Field(min_length=1)
+    operations: dict[Arithmetic, PositiveFloat]
     reserved: dict[str, NonNegativeInt] = Field(default_factory=dict)
     link: Link | None = None
+
+    @field_validator("operations")
+    @classmethod
+    def _something_for_all(cls, value: dict[Arithmetic, float]) -> dict[Arithmetic, float]:
+        if "fp32" not in value:
+            raise ValueError("operations need a rate for fp32, which stands for kinds that are not there")
+        return value
+
+    def rate(self, kind: Arithmetic) -> float:
+        """Operations per second; a machine without arithmetic of this kind does it in fp32."""
+        return self.operations.get(kind, self.operations["fp32"])
 
     @classmethod
     def load(cls, name: str) -> Hardware:

@@ -227,7 +227,9 @@ def _check_splits(spec: EngineSpec, shares: Shares) -> None:
 def _limits(config: Step35Config, spec: EngineSpec) -> Limits:
     longest = config.max_position_embeddings
     drafts = min(spec.draft_tokens, config.num_nextn_predict_layers)
-    return Limits(min(spec.max_tokens or longest, longest), spec.max_sequences, drafts)
+    context = min(spec.max_tokens or longest, longest)
+    sequences = max(spec.max_sequences, (spec.cache_tokens or 0) // context)
+    return Limits(context, sequences, drafts)
 
 
 def _contexts(config: Step35Config, wanted: Sequence[int]) -> tuple[int, ...]:

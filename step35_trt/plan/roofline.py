@@ -168,7 +168,7 @@ class Roofline:
             *self.decoder_work.items(),
             *((kind, work * self._modules_used(drafts)) for kind, work in self.modules_work.items()),
         ]
-        return tokens * sum(work / self.hardware.operations[kind] for kind, work in parts)
+        return tokens * sum(work / self.hardware.rate(kind) for kind, work in parts)
 
     def _modules_used(self, drafts: int) -> float:
         return drafts / len(self.footprint.config.mtp_layers) if drafts else 0.0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from step35_trt.runtime.packing import Packed
     from step35_trt.runtime.session import Floats
 
+IDLE_WINDOWS = 8  # of layers with a window: those of ended sequences, kept for ones that begin alike
 MOST_KEPT = 64  # bindings, and tokens of a call whose binding is kept
 
 
@@ -85,7 +86,6 @@ class CachedGraph:
         specs: Its caches.
         ahead: Tokens that its rows look ahead (see `CachedRows`).
         rows: The most that all sequences may have together, a whole number of pages.
-        sequences: Of layers with a window, as many windows are kept for sequences to come.
         config: The model.
 
     Raises:
@@ -98,7 +98,6 @@ class CachedGraph:
         specs: SequenceOf[CacheSpec],
         ahead: int,
         rows: int,
-        sequences: int,
         config: Step35Config,
     ) -> None:
         self._graph, self._config, self._ahead = graph, config, ahead
@@ -106,7 +105,7 @@ class CachedGraph:
         every = pages_for(rows)
         self.pools = {
             # A window that begins within a page takes one page more.
-            table: PagePool(every, sequences * (pages_for(window) + 1) if window else every)
+            table: PagePool(every, IDLE_WINDOWS * (pages_for(window) + 1) if window else every)
             for table, window in self._windows.items()
         }
         try:
@@ -120,7 +119,7 @@ class CachedGraph:
             }
         except MemoryError:
             raise DoesNotFitError(
-                f"caches of {rows} rows do not fit", "Build with a smaller max_tokens or max_sequences."
+                f"caches of {rows} rows do not fit", "Build with fewer cache_tokens."
             ) from None
         self._kept: OrderedDict[tuple[int, ...], _Call] = OrderedDict()
         self._results = _Results.empty(MOST_KEPT, MOST_KEPT, config)
@@ -166,7 +165,7 @@ class CachedGraph:
             if missing > pool.free:
                 raise DoesNotFitError(
                     f"{missing * PAGE_ROWS} more rows are needed, the caches have {pool.free * PAGE_ROWS}",
-                    "Run fewer or shorter sequences at once, or build with a larger max_sequences.",
+                    "Run fewer or shorter sequences at once, or build with more cache_tokens.",
                 )
         for table, length in after:
             table.reserve(length)

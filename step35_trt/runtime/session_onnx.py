@@ -31,7 +31,7 @@ class OnnxSession:
         config: The model.
         program: Its graphs.
         max_tokens: Rows of a sequence.
-        max_sequences: How many sequences of that length fit at once; of shorter ones more.
+        cache_tokens: Rows of all sequences together.
         prefill_chunk: Tokens of a step.
     """
 
@@ -39,7 +39,7 @@ class OnnxSession:
     config: Step35Config
     program: Program
     max_tokens: int
-    max_sequences: int
+    cache_tokens: int
     prefill_chunk: int
     _loaded: dict[int, CachedGraph] = field(default_factory=dict)
 
@@ -49,10 +49,8 @@ class OnnxSession:
             segment = self._segment(module)
             library = self.directory / segment.library if segment.library else None
             graph = inference_session(self.directory / segment.file, library)
-            rows = self.max_sequences * pages_for(self.max_tokens) * PAGE_ROWS
-            self._loaded[module] = CachedGraph(
-                graph, segment.caches, module + 1, rows, self.max_sequences, self.config
-            )
+            rows = pages_for(self.cache_tokens) * PAGE_ROWS
+            self._loaded[module] = CachedGraph(graph, segment.caches, module + 1, rows, self.config)
         return self._loaded[module]
 
     def _segment(self, module: int) -> Segment:

@@ -85,12 +85,19 @@ def test_devices_need_a_link() -> None:
         {"compute_capability": "sm_90"},
         {"operations": {}},
         {"operations": {"fp3": 1.0}},
+        {"operations": {"bf16": 1.0}},
         {"speed": 1},
     ],
 )
 def test_nonsense_hardware(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Hardware.model_validate(Hardware.load("h200").model_dump() | change)
+
+
+def test_kinds_without_a_rate_run_in_fp32() -> None:
+    machine = Hardware.load("xeon-128g")
+    assert machine.rate("int8") == machine.operations["int8"] > machine.operations["fp32"]
+    assert machine.rate("bf16") == machine.operations["fp32"]
 
 
 def test_what_is_only_planned_is_not_built_for_the_cpu(checkpoints: dict[str, Path], tmp_path: Path) -> None:

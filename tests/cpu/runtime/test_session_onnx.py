@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35_trt.errors import DoesNotFitError
-from step35_trt.runtime.kv_pages import PAGE_ROWS
+from step35_trt.runtime.kv_pages import PAGE_ROWS, pages_for
 from step35_trt.runtime.session import Call
 from tests.cpu.conftest import GEOMETRIES
 from tests.cpu.dialects.test_torch import relative
@@ -31,7 +31,8 @@ NONE = np.empty(0, np.int64)
 
 def small(session: OnnxSession, sequences: int) -> OnnxSession:
     """The bundle over caches of its own for `sequences` sequences, with NaN wherever nothing was written."""
-    made = replace(session, max_tokens=LENGTH + 10, max_sequences=sequences, _loaded={})
+    rows = sequences * pages_for(LENGTH + 10) * PAGE_ROWS
+    made = replace(session, max_tokens=LENGTH + 10, cache_tokens=rows, _loaded={})
     for module in range(-1, MODULES):
         for array in made.graph(module)._pages.values():
             array.fill(np.nan)
@@ -167,7 +168,7 @@ def test_any_interleaving_gives_each_sequence_what_it_gets_alone(
             one.check(module, call, result)
     for one in running:
         one.sequence.close()
-    assert session.capacity == small(whole, session.max_sequences).capacity
+    assert session.capacity == replace(session, _loaded={}).capacity
 
 
 def follow(one: Running, upto: int) -> None:
