@@ -7,16 +7,17 @@ import sys
 import rich_click as click
 
 from step35_trt import __version__, console
-from step35_trt.commands import examining, kernels, making, running
+from step35_trt.commands import batching, benching, examining, kernels, making, running, serving
 from step35_trt.errors import Step35Error, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 COMMANDS = (
     *(making.build_engine, making.quantize, making.export_onnx),
-    *(running.generate, running.batch, running.logits),
+    *(running.generate, running.logits),
     *(examining.verify, examining.inspect, examining.plan, examining.doctor),
     *(kernels.kernels, kernels.tune),
+    *(batching.batch, serving.triton_repo, serving.serve, benching.bench),
 )
 
 

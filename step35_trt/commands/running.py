@@ -14,15 +14,17 @@ from step35_trt.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from step35_trt.runtime.batch import BatchSummary
     from step35_trt.runtime.generate import GenerationStats
+
+COMPLETION_TOKENS = 128
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.option("--prompt", help="Text to continue.")
+@click.option("--chat", "chatting", is_flag=True, help="Talk at the terminal instead.")
 @click.option("--prompt-ids", help="Token ids to continue, separated by commas.")
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-tokens", type=click.IntRange(min=1), help="128 unless given; for --chat, the context.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--top-k", default=0, show_default=True, help="0 keeps every token.")
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
 def generate(
     bundle: Path,
     prompt: str | None,
+    chatting: bool,
     prompt_ids: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     temperature: float,
     top_p: float,
     top_k: int,
@@ -48,18 +51,30 @@ def generate(
     as_json: bool,
 ) -> None:
     """Continue a prompt with a bundle, streaming text."""
+    from step35_trt.commands.chatting import chat
     from step35_trt.runtime.generate import GenerationStats
     from step35_trt.runtime.generate import generate as run
     from step35_trt.runtime.load import load_text, open_bundle
     from step35_trt.runtime.sampling import SamplingParams
     from step35_trt.runtime.text import complete
 
-    if (prompt is None) == (prompt_ids is None):
-        raise UsageError("give either --prompt or --prompt-ids")
+    if [prompt is not None, prompt_ids is not None, chatting].count(True) != 1:
+        raise UsageError("give either --prompt, --prompt-ids or --chat")
     sampling = SamplingParams(temperature, top_p, top_k, min_p, seed)
     drafts = _draft_tokens(draft_tokens)
     session = open_bundle(bundle)
-    text = load_text(bundle, required=prompt is not None)
+    text = load_text(bundle, required=prompt is not None or chatting)
+    if chatting and text is not None:
+        chat(
+            session,
+            text,
+            sampling,
+            max_tokens=max_tokens or session.max_tokens,
+            stop_strings=stop,
+            draft_tokens=drafts,
+        )
+        return
+    max_tokens = max_tokens or COMPLETION_TOKENS
     ids = text.encode(prompt) if prompt is not None and text else token_ids(prompt_ids or "")
     stats, taken, answer = GenerationStats(), list[int](), list[str]()
     stop_ids = session.config.eos_token_id
@@ -96,42 +111,6 @@ def generate(
         f"mean accepted length {stats.mean_accepted_length:.2f}"
         + (f"; acceptance by head {acceptance}" if acceptance else "")
     )
-
-
-@click.command()
-@click.argument("bundle", type=PATH)
-@click.argument("requests", type=PATH)
-@click.option("-o", "--output", required=True, type=PATH, help="Answers, JSON lines.")
-@click.option(
-    "--draft-tokens", default="auto", show_default=True, help="MTP drafts a round: 0 to 3, or auto."
-)
-@click.option("--json", "as_json", is_flag=True, help="The summary as a JSON object.")
-def batch(bundle: Path, requests: Path, output: Path, draft_tokens: str, as_json: bool) -> None:
-    """Answer REQUESTS, a JSON-lines file in OpenAI's batch format. Resumes by itself."""
-    from dataclasses import asdict
-
-    from step35_trt.runtime.batch import run_batch
-    from step35_trt.runtime.load import load_text, open_bundle
-
-    drafts = _draft_tokens(draft_tokens)
-    session = open_bundle(bundle)
-    text = load_text(bundle, required=True)
-    assert text is not None
-    with console.line_progress("answering", requests) as progress:
-
-        def advance(summary: BatchSummary) -> None:
-            progress(summary.lines, summary.errors)
-
-        summary = run_batch(session, text, requests, output, draft_tokens=drafts, progress=advance)
-    if as_json:
-        console.print_json(asdict(summary))
-    elif summary.already_finished:
-        console.say(f"{output} was complete already: {summary.lines} lines")
-    else:
-        console.say(
-            f"{output}: {summary.answered} answers, {summary.errors} errors, "
-            f"{summary.generated_tokens} tokens in {summary.seconds:.1f} s"
-        )
 
 
 @click.command()

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
-
-from step35_trt.errors import DoesNotFitError, Step35Error, UnsupportedError, UsageError
+from step35_trt.errors import Step35Error, UsageError
 from step35_trt.runtime import completions
+from step35_trt.runtime.batch_lines import Line, Request, answered, opened, read_lines, record_id, refused
 from step35_trt.runtime.batch_output import Recorded, ResumableOutput
-from step35_trt.runtime.chat import ChatTemplate, explain
-from step35_trt.runtime.depth import DepthController, fixed_depth
+from step35_trt.runtime.chat import ChatTemplate
+from step35_trt.runtime.depth import fixed_depth
+from step35_trt.runtime.requests import Limits
+from step35_trt.runtime.seen import SeenIds
+from step35_trt.runtime.serving import ServingLoop
+from step35_trt.runtime.through_loop import complete_through
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from io import BufferedReader
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
+    from typing import Literal
 
-    from step35_trt.runtime.depth import DraftTokens
+    from step35_trt.runtime.batch_lines import Answer
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.text import Text
 
-    Answer = Callable[["Request", str], dict[str, Any]]
+    Record = dict[str, Any]
+    # Takes lines as it finds room, gives each with its record, in the same order.
+    Answering = Callable[[Iterable[Line]], Iterator[tuple[Line, Record]]]
     Progress = Callable[["BatchSummary"], None]
 
-MAX_LINE_BYTES = 32 << 20  # many times the longest context, escaped as badly as can be
-
-
-class Request(BaseModel):
-    """One line of the input; other keys than these do not concern the answer."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-    custom_id: str = Field(min_length=1)
-    method: Literal["POST"] = "POST"
-    url: Literal["/v1/chat/completions", "/v1/completions"] | None = None
-    body: dict[str, Any]
+AHEAD = 2  # lines taken for each that is answered at a time, so that a long one does not stop the others
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class BatchSummary:
         errors: Lines with an error.
         prompt_tokens: Tokens of the answered requests.
         generated_tokens: Tokens of the answers.
+        generated_now: How many of them this run made.
         seconds: Duration of this run.
         resumed: Lines that an earlier run had written.
         already_finished: Whether there was nothing to do.
@@ -61,21 +61,15 @@ class BatchSummary:
     errors: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    generated_now: int = 0
     seconds: float = 0.0
     resumed: int = 0
     already_finished: bool = False
 
-
-@dataclass(frozen=True)
-class _Line:
-    number: int
-    raw: bytes
-    too_long: bool
-
     @property
-    def tag(self) -> str:
-        """Names the line by its place and content, so that an edited input is noticed on resuming."""
-        return blake2b(b"%d\n%b" % (self.number, self.raw), digest_size=12).hexdigest()
+    def tokens_per_second(self) -> float:
+        """Of this run."""
+        return self.generated_now / self.seconds if self.seconds > 0 else 0.0
 
 
 def run_batch(
@@ -84,10 +78,11 @@ def run_batch(
     input_path: Path,
     output_path: Path,
     *,
-    draft_tokens: DraftTokens = "auto",
+    sequences: int = 16,
+    draft_tokens: int | Literal["auto"] = "auto",
     progress: Progress | None = None,
 ) -> BatchSummary:
-    """Answer a batch file with a bundle.
+    """Answer a batch file with a bundle, several lines at a time.
 
     Args:
         session: The loaded bundle.
@@ -95,6 +90,7 @@ def run_batch(
         input_path: JSON lines in OpenAI's batch format.
         output_path: Written under the name with `.partial` added until it is complete. A partial file is
             continued, a complete one checked and left alone.
+        sequences: Lines that are answered at the same time.
         draft_tokens: Drafts per round, see `generate`.
         progress: Called after every line.
 
@@ -103,29 +99,75 @@ def run_batch(
         DoesNotFitError: the disk is full.
         CorruptInputError: the chat template is not valid Jinja.
     """
-    heads = session.config.num_nextn_predict_layers
-    fixed_depth(draft_tokens, heads)  # else every line would say so
-    # What drafting learns of one line serves the next.
-    drafts = DepthController(heads) if draft_tokens == "auto" else draft_tokens
+    with together(session, text, sequences, draft_tokens) as answering:
+        return run_lines(answering, input_path, output_path, progress=progress)
+
+
+@contextmanager
+def together(
+    session: Session, text: Text, sequences: int, draft_tokens: int | Literal["auto"]
+) -> Iterator[Answering]:
+    """Something that answers lines side by side, with a serving loop that ends with the context.
+
+    Raises:
+        UsageError: `draft_tokens` is off.
+        CorruptInputError: the chat template is not valid Jinja.
+    """
+    fixed_depth(draft_tokens, session.config.num_nextn_predict_layers)  # else every line would say so
     template = None if text.chat_template is None else ChatTemplate.of(text)
+    # In this order: the loop ends first, and with it whatever a thread waits for.
+    with (
+        ThreadPoolExecutor(AHEAD * sequences, "line") as threads,
+        ServingLoop(session, Limits(sequences=sequences)) as loop,
+    ):
 
-    def answer(request: Request, tag: str) -> dict[str, Any]:
-        body = completions.parse_body(request.body)
-        if request.url is not None and (request.url == "/v1/completions") != (body.messages is None):
-            raise UsageError(f"url {request.url} does not go with a body that has {_input(body)}")
-        return completions.answer(session, text, template, body, tag, draft_tokens=drafts)
+        def answer(request: Request, tag: str) -> dict[str, Any]:
+            body = completions.parse_body(request.body)
+            if request.url is not None and (request.url == "/v1/completions") != (body.messages is None):
+                raise UsageError(f"url {request.url} does not go with a body that has {_input(body)}")
+            return completions.answer(
+                session,
+                text,
+                template,
+                body,
+                tag,
+                draft_tokens=draft_tokens,
+                completing=partial(complete_through, loop),
+            )
 
-    return answer_lines(answer, input_path, output_path, progress=progress)
+        def submit(line: Line) -> tuple[Line, Future[Record]]:
+            return line, threads.submit(answered, answer, line)
+
+        def answering(lines: Iterable[Line]) -> Iterator[tuple[Line, Record]]:
+            source = iter(lines)
+            pending = deque(submit(line) for line in islice(source, AHEAD * sequences))
+            while pending:
+                line, future = pending.popleft()
+                record = future.result()
+                pending.extend(submit(line) for line in islice(source, 1))
+                yield line, record
+
+        yield answering
 
 
 def answer_lines(
     answer: Answer, input_path: Path, output_path: Path, *, progress: Progress | None = None
 ) -> BatchSummary:
-    """`run_batch` with anything that answers.
+    """`run_lines` with anything that answers one request; see `answered`."""
+
+    def answering(lines: Iterable[Line]) -> Iterator[tuple[Line, Record]]:
+        return ((line, answered(answer, line)) for line in lines)
+
+    return run_lines(answering, input_path, output_path, progress=progress)
+
+
+def run_lines(
+    answering: Answering, input_path: Path, output_path: Path, *, progress: Progress | None = None
+) -> BatchSummary:
+    """`run_batch` with anything that answers lines.
 
     Args:
-        answer: Makes the response's body of a request and a tag for its ids. What it raises as UsageError,
-            UnsupportedError or DoesNotFitError is the line's fault and becomes its answer.
+        answering: Given the lines that have no answer yet.
         input_path: See `run_batch`.
         output_path: See `run_batch`.
         progress: Called after every line.
@@ -136,32 +178,45 @@ def answer_lines(
     """
     started = time.monotonic()
     _check_paths(input_path, output_path)
-    seen: set[bytes] = set()
-    with _opened(input_path) as source, ResumableOutput(output_path) as output:
+    seen = SeenIds()
+    with opened(input_path) as source, ResumableOutput(output_path) as output:
         summary = BatchSummary(already_finished=output.finished)
-        holder = output.path if output.finished else output.partial
-        recorded = output.recorded()
-        for line in _read(source, input_path):
-            earlier = next(recorded, None)
-            if earlier is None and output.finished:
-                raise _foreign(holder, f"ends before line {line.number} of {input_path}")
-            if earlier is not None and earlier.id != f"batch_req_{line.tag}":
-                raise _foreign(holder, f"does not answer line {line.number} of {input_path} as it is now")
-            if earlier is None:
-                record = _record(answer, line, seen)
-                output.append(record)
-                earlier = Recorded.model_validate(record)
-            else:
-                summary = replace(summary, resumed=summary.resumed + 1)
+        lines = read_lines(source, input_path)
+        for earlier in _earlier(output, lines, input_path):
             if earlier.custom_id is not None:
-                seen.add(_digest(earlier.custom_id))
+                seen.add(earlier.custom_id)
             summary = _add(summary, earlier, time.monotonic() - started)
+            summary = replace(summary, resumed=summary.resumed + 1)
             if progress is not None:
                 progress(summary)
-        if next(recorded, None) is not None:
-            raise _foreign(holder, f"has more answers than {input_path} has lines")
+        if not output.finished:
+            for line, answer in answering(lines):
+                custom_id = answer["custom_id"]
+                again = custom_id is not None and not seen.add(custom_id)
+                message = f"an earlier line has the custom_id {custom_id!r} already"
+                record = refused(line, custom_id, message) if again else answer
+                output.append(record)
+                new = Recorded.model_validate(record)
+                summary = _add(summary, new, time.monotonic() - started)
+                summary = replace(summary, generated_now=summary.generated_now + new.usage[1])
+                if progress is not None:
+                    progress(summary)
         output.finish()
     return replace(summary, seconds=time.monotonic() - started)
+
+
+def _earlier(output: ResumableOutput, lines: Iterator[Line], input_path: Path) -> Iterator[Recorded]:
+    """The records that are there, each checked against its line; takes so many of `lines`."""
+    holder = output.path if output.finished else output.partial
+    for earlier in output.recorded():
+        line = next(lines, None)
+        if line is None:
+            raise _foreign(holder, f"has more answers than {input_path} has lines")
+        if earlier.id != record_id(line):
+            raise _foreign(holder, f"does not answer line {line.number} of {input_path} as it is now")
+        yield earlier
+    if output.finished and (line := next(lines, None)) is not None:
+        raise _foreign(holder, f"ends before line {line.number} of {input_path}")
 
 
 def _check_paths(input_path: Path, output_path: Path) -> None:
@@ -169,82 +224,9 @@ def _check_paths(input_path: Path, output_path: Path) -> None:
         raise UsageError(f"the folder {output_path.parent} does not exist")
     if output_path.is_dir():
         raise UsageError(f"{output_path} is a folder")
-    partial = output_path.with_name(output_path.name + ".partial")
-    if input_path.resolve() in (output_path.resolve(), partial.resolve()):
+    unfinished = output_path.with_name(output_path.name + ".partial")
+    if input_path.resolve() in (output_path.resolve(), unfinished.resolve()):
         raise UsageError(f"{input_path} cannot be both input and output")
-
-
-def _opened(path: Path) -> BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _read(source: BufferedReader, path: Path) -> Iterator[_Line]:
-    number = 0
-    try:
-        while raw := source.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            rest = raw
-            while len(raw) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
-                rest = source.readline(1 << 20)
-            if number == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise UsageError(f"{path} is encoded as UTF-16", "Save it as UTF-8.")
-            if content := raw.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n"):
-                yield _Line(number, content, len(raw) > MAX_LINE_BYTES)
-    except OSError as error:
-        raise Step35Error(f"reading {path} failed after line {number}: {error.strerror}") from None
-
-
-def _record(answer: Answer, line: _Line, seen: set[bytes]) -> dict[str, Any]:
-    """The output line: an answer or, in its place, the error."""
-    custom_id, status, failure = None, 200, None
-    try:
-        if line.too_long:
-            raise UsageError(f"line {line.number} is longer than {MAX_LINE_BYTES} bytes")
-        raw = _decode(line)
-        custom_id = _custom_id(raw, line.number)
-        if _digest(custom_id) in seen:
-            raise UsageError(f"an earlier line has the custom_id {custom_id!r} already")
-        try:
-            request = Request.model_validate(raw)
-        except ValidationError as error:
-            raise explain(error) from None
-        body = answer(request, line.tag)
-    except (UsageError, UnsupportedError, DoesNotFitError) as error:
-        status, failure = 400, {"code": "invalid_request", "message": error.message}
-        body = {
-            "error": {"message": error.message, "type": "invalid_request_error", "param": None, "code": None}
-        }
-    return {
-        "id": f"batch_req_{line.tag}",
-        "custom_id": custom_id,
-        "response": {"status_code": status, "request_id": f"req_{line.tag}", "body": body},
-        "error": failure,
-    }
-
-
-def _decode(line: _Line) -> dict[str, Any]:
-    try:
-        raw = from_json(line.raw, allow_inf_nan=False)
-    except ValueError as error:
-        raise UsageError(f"line {line.number} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"line {line.number} is not a JSON object")
-    return raw
-
-
-def _custom_id(raw: dict[str, Any], number: int) -> str:
-    custom_id = raw.get("custom_id")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise UsageError(f"line {number} has no custom_id that is a text")
-    return custom_id
-
-
-def _digest(custom_id: str) -> bytes:
-    """Stands for an id in the set of those seen, whose size then does not hang on what people use as ids."""
-    return blake2b(custom_id.encode(), digest_size=16).digest()
 
 
 def _add(summary: BatchSummary, record: Recorded, seconds: float) -> BatchSummary:

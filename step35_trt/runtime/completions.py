@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,12 +17,14 @@ from step35_trt.runtime.text import complete
 from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, ReasoningDelta, ToolCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from step35_trt.runtime.depth import DraftTokens
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.text import Text
     from step35_trt.runtime.tool_calls import Event
+
+    Completing = Callable[..., Iterator[str]]  # `complete` without its session
 
 COMPLETION_TOKENS = 16  # what OpenAI's completions generate when max_tokens is absent
 _MODEL = "step-3.5-flash"
@@ -140,6 +143,27 @@ def parse_body(raw: Mapping[str, Any]) -> Body:
         raise explain(error) from None
 
 
+def prompt_of(
+    text: Text, template: ChatTemplate | None, body: Body
+) -> tuple[list[int], list[dict[str, Any]], bool]:
+    """What a request has the model continue.
+
+    Returns:
+        Token ids, the tools it may call, and whether the prompt ends inside its reasoning.
+
+    Raises:
+        UsageError: there are messages and no template, or one of them is off.
+    """
+    tools = parse_tools(body.tools) if body.tool_choice == "auto" else []
+    if body.messages is None:
+        ids = text.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+        return ids, tools, False
+    if template is None:
+        raise UsageError("this model has no chat template: send a prompt instead of messages")
+    prompt = template.render(parse_messages(body.messages), tools)
+    return text.encode(prompt), tools, starts_in_reasoning(prompt)
+
+
 def answer(
     session: Session,
     text: Text,
@@ -148,6 +172,7 @@ def answer(
     tag: str,
     *,
     draft_tokens: DraftTokens = "auto",
+    completing: Completing | None = None,
 ) -> dict[str, Any]:
     """Answer one request.
 
@@ -158,6 +183,8 @@ def answer(
         body: The request.
         tag: Makes the ids in the answer; the same tag makes the same ids.
         draft_tokens: Drafts per round, see `generate`.
+        completing: What continues a prompt in the place of `complete`, with the same arguments save the
+            session.
 
     Returns:
         A `chat.completion` or `text_completion` object; `created` is 0, so that answers can be repeated.
@@ -166,18 +193,9 @@ def answer(
         UsageError: a field is off.
         DoesNotFitError: the context has no room for the prompt and an answer.
     """
-    tools = parse_tools(body.tools) if body.tool_choice == "auto" else []
-    reasoning = False
-    if body.messages is None:
-        prompt_ids = text.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
-    else:
-        if template is None:
-            raise UsageError("this model has no chat template: send a prompt instead of messages")
-        prompt = template.render(parse_messages(body.messages), tools)
-        prompt_ids, reasoning = text.encode(prompt), starts_in_reasoning(prompt)
+    prompt_ids, tools, reasoning = prompt_of(text, template, body)
     stats = GenerationStats()
-    pieces = complete(
-        session,
+    pieces = (completing or partial(complete, session))(
         text,
         prompt_ids,
         body.sampling,

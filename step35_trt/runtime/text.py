@@ -97,11 +97,20 @@ class Text:
         Raises:
             UsageError: the text holds half a surrogate pair.
         """
+        ids = self.ids(prompt)
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of `text` alone.
+
+        Raises:
+            UsageError: the text holds half a surrogate pair.
+        """
         try:
-            ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):
             raise UsageError("the prompt holds half a surrogate pair, which is no text") from None
-        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        return ids
 
     def detokenizer(self) -> Detokenizer:
         """Start decoding one answer."""
@@ -187,6 +196,41 @@ class StopStrings:
         return held[:sure]
 
 
+class AnswerText:
+    """One answer's text while its tokens arrive: decoded, and ended before a stop string.
+
+    Attributes:
+        counted: Tokens that count: up to the one that made a stop string certain.
+
+    Raises:
+        UsageError: a stop string is empty.
+    """
+
+    def __init__(self, text: Text, stop_strings: Sequence[str] = ()) -> None:
+        self._detokenizer = text.detokenizer()
+        self._stops = StopStrings(stop_strings)
+        self.counted = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer; further tokens are ignored."""
+        return self._stops.hit
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next tokens; returns the text that is now certain."""
+        pieces = []
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.counted += 1
+            pieces.append(self._stops.push(self._detokenizer.push(token_id)))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """There are no more tokens; returns what was held back."""
+        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+
+
 def complete(
     session: Session,
     text: Text,
@@ -221,7 +265,7 @@ def complete(
         VerificationError: from the iterator, when the model's logits are not finite.
     """
     stats = GenerationStats() if stats is None else stats
-    stops = StopStrings(stop_strings)
+    answer = AnswerText(text, stop_strings)
     chunks = generate(
         session,
         prompt_ids,
@@ -231,32 +275,24 @@ def complete(
         draft_tokens=draft_tokens,
         stats=stats,
     )
-    taken = [] if token_ids is None else token_ids
-    return _pieces(chunks, text.detokenizer(), stops, stats, taken)
+    return _pieces(chunks, answer, stats, [] if token_ids is None else token_ids)
 
 
 def _pieces(
-    chunks: Iterator[list[int]],
-    detokenizer: Detokenizer,
-    stops: StopStrings,
-    stats: GenerationStats,
-    taken: list[int],
+    chunks: Iterator[list[int]], answer: AnswerText, stats: GenerationStats, taken: list[int]
 ) -> Iterator[str]:
     for chunk in chunks:
-        pieces = []
-        for token_id in chunk:
-            taken.append(token_id)
-            pieces.append(stops.push(detokenizer.push(token_id)))
-            if stops.hit:
-                stats.finish_reason, stats.generated_tokens = "stop", len(taken)
-                break
-        if piece := "".join(pieces):
+        before = answer.counted
+        piece = answer.push(chunk)
+        taken += chunk[: answer.counted - before]
+        if answer.stopped:
+            stats.finish_reason, stats.generated_tokens = "stop", answer.counted
+        if piece:
             yield piece
-        if stops.hit:
+        if answer.stopped:
             return
-    rest = stops.push(detokenizer.finish())
-    rest += stops.finish()
-    if stops.hit:
+    rest = answer.finish()
+    if answer.stopped:
         stats.finish_reason = "stop"
     if rest:
         yield rest

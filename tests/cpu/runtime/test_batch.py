@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import step35_trt.nano
 from step35_trt.errors import UsageError
-from step35_trt.runtime import batch
-from step35_trt.runtime.batch import BatchSummary, Request, answer_lines, run_batch
+from step35_trt.runtime import batch_lines
+from step35_trt.runtime.batch import BatchSummary, answer_lines, run_batch
 from step35_trt.runtime.text import Text
 from tests.batches import echo, line, partial, read, write
 from tests.texts import ScriptedSession, write_tokenizer
+
+if TYPE_CHECKING:
+    from step35_trt.runtime.batch_lines import Request
 
 TEMPLATE = (Path(step35_trt.nano.__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -87,7 +90,7 @@ def test_an_empty_input(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(batch_lines, "MAX_LINE_BYTES", 1000)
     exact = line("b", "y" * (999 - len(line("b", ""))))
     source = write(tmp_path / "in", line("a", "x" * 5_000_000), exact, exact + " " * 5000, line("c"))
     answer_lines(echo, source, tmp_path / "out")

@@ -18,7 +18,7 @@ from step35_trt.runtime.batch_output import ResumableOutput
 from tests.batches import echo, line, partial, read, write
 
 if TYPE_CHECKING:
-    from step35_trt.runtime.batch import Request
+    from step35_trt.runtime.batch_lines import Request
 
 ROOT = Path(__file__).parents[3]
 
