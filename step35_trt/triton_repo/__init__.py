@@ -1,0 +1,1 @@
+"""A Triton model repository: written from a bundle, and what its Python-backend model runs."""
