@@ -68,18 +68,25 @@ def load_text(directory: Path, *, required: bool) -> Text | None:
 
 
 def open_session(bundle: Bundle) -> Session:
-    """The session of an opened bundle.
+    """The session of an opened bundle. Where several processes run it, only the first gets one.
 
     Raises:
-        UnsupportedError: it is for a GPU.
+        UnsupportedError: it is for another machine, or torch is not installed.
+        UsageError: it is for another number of processes.
+        SystemExit: in all processes but the first, when the first has ended.
     """
     from step35_trt.program import Program
 
     manifest = bundle.manifest
+    if manifest.engine.target == "torch":
+        return _torch_session(bundle)
     if not isinstance(bundle.program, Program):
-        from step35_trt.runtime.gpu import refuse
+        from step35_trt.runtime.gpu import check
 
-        refuse(bundle)
+        check(bundle)
+        from step35_trt.runtime.session_cuda import open_cuda
+
+        return open_cuda(bundle)
     from step35_trt.runtime.session_onnx import OnnxSession
 
     return OnnxSession(
@@ -87,8 +94,24 @@ def open_session(bundle: Bundle) -> Session:
         bundle.config,
         bundle.program,
         manifest.max_tokens,
+        manifest.engine.cache_tokens or manifest.engine.max_sequences * manifest.max_tokens,
         min(manifest.engine.prefill_chunk, manifest.max_tokens),
     )
+
+
+def _torch_session(bundle: Bundle) -> Session:
+    from step35_trt.program import SteppedProgram
+    from step35_trt.runtime.placement import check_size
+
+    assert isinstance(bundle.program, SteppedProgram)
+    check_size(bundle.directory, bundle.program.ranks)  # before anything slow
+    if find_spec("torch") is None:
+        raise UnsupportedError(
+            f"running {bundle.directory} needs torch", "pip install 'step35-trt[reference]'"
+        )
+    from step35_trt.runtime.program_loading import open_program
+
+    return open_program(bundle)
 
 
 def load_reference(directory: Path) -> Session:

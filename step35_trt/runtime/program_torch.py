@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.dialects.torch import Kernels
-    from step35_trt.runtime.program_weights import ProgramWeights
     from step35_trt.segments import Segment
-    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram
+    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram, WeightBinding
 
 # Takes a collective step, this rank's input and where its output goes.
 Exchange = Callable[["CollectiveStep", "Tensor", "Tensor"], None]
@@ -37,6 +36,31 @@ Word = Callable[..., "Tensor"]
 BUFFERS = DTYPES | {"int64": torch.int64}
 NOBODY = SequenceBatch((), (), ())  # what dense algebra and experts know of sequences
 KEPT = 64  # bound programs: decoding has few sizes, the rest are ends of prompts
+
+
+class StepWeights(Protocol):
+    """`dialects.torch.HeldWeights`, and what steps bind."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are kept."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """See `HeldWeights`."""
+        ...
+
+    def expert(self, name: str, index: int) -> Tensor | None:
+        """See `HeldWeights`."""
+        ...
+
+    def vector(self, binding: WeightBinding) -> Tensor:
+        """A vector in fp32, what is added to it included."""
+        ...
+
+    def embedding(self, token_ids: Tensor, name: str) -> Tensor:
+        """`Ops.embedding`."""
+        ...
 
 
 def refuse(step: CollectiveStep, _: Tensor, __: Tensor) -> None:
@@ -57,7 +81,7 @@ class TorchExecutor:
     """
 
     segments: Mapping[str, Segment]
-    weights: ProgramWeights
+    weights: StepWeights
     exchange: Exchange = refuse
     kernels: Kernels | None = None
     words: Mapping[str, Word] = field(default_factory=dict)

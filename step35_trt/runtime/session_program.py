@@ -10,7 +10,7 @@ import signal
 import sys
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
 
@@ -33,6 +33,29 @@ if TYPE_CHECKING:
     from step35_trt.runtime.ranks import Ranks
     from step35_trt.runtime.session import Floats, Ids
     from step35_trt.steps import StepProgram
+
+
+class Runner(Protocol):
+    """What a session has run."""
+
+    @property
+    def executor(self) -> TorchExecutor:
+        """Of the programs."""
+        ...
+
+    @property
+    def programs(self) -> tuple[StepProgram, ...]:
+        """The decoder's, then the modules'."""
+        ...
+
+    def lead(self, step: StepOrder, hidden: Floats | None) -> tuple[Tensor, Tensor]:
+        """Run a step; logits and hidden rows, which the next run overwrites.
+
+        Args:
+            step: What to run.
+            hidden: Of an MTP module's step, packed.
+        """
+        ...
 
 
 @dataclass
@@ -122,14 +145,14 @@ class ProgramSession:
 
     Attributes:
         config: The model.
-        runner: This rank's share of the work.
+        runner: This rank's share of the work; where there are several, it leads the others.
         max_tokens: See `Session`.
         prefill_chunk: See `Session`.
         max_sequences: How many may be open at once.
     """
 
     config: Step35Config
-    runner: RankRunner
+    runner: Runner
     max_tokens: int
     prefill_chunk: int = 512
     max_sequences: int = 1

@@ -253,7 +253,7 @@ def test_any_flipped_bit_is_found(bundle: Path) -> None:
     [
         ([], "has no NVIDIA GPU", "verify"),
         (["9.0"], "for compute capability 12.1, the GPU here has 9.0", "--engine h"),
-        (["12.1"], "does not run them", "cpu-int4"),
+        (["12.1"], "cannot use its GPU", "torch for CUDA"),
     ],
 )
 def test_another_machine(

@@ -1,0 +1,171 @@
+"""What a device holds of the weights, in the forms that its kernels multiply by.
+
+Matrices stay in their codes where a kernel takes them; the few others are decoded once, when they arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from step35_trt.kernels import plugin
+from step35_trt.runtime.program_weights import DTYPES, decoded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from step35_trt.dialects.torch_experts import Experts
+    from step35_trt.program import ExpertFormat
+    from step35_trt.steps import WeightBinding
+    from step35_trt.weight_forms import Forms, WeightForm
+
+GROUP = 128  # values of a row, or rows and columns, that share a scale where kernels take codes
+Stored = tuple["Tensor", "Tensor | None"]
+
+
+class WeightSource(Protocol):
+    """Where weights come from, on the device."""
+
+    def dense(self, name: str) -> Stored:
+        """Values and scales of a matrix or vector, as its form says (`weight_forms`)."""
+        ...
+
+    def experts(self, prefix: str) -> Experts:
+        """All experts of a layer, `prefix` such as `model.layers.3.moe`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeviceWeights:
+    """`program_torch.StepWeights` and `torch_kernels.ExpertSource`.
+
+    Attributes:
+        source: Asked once for each.
+        forms: Of what the rank holds.
+        device: Where they are kept.
+        compiled: Whether there are kernels that take codes; without, codes are decoded at each use.
+    """
+
+    source: WeightSource
+    forms: Forms
+    device: torch.device
+    compiled: bool
+    _dense: dict[str, Stored] = field(default_factory=dict)
+    _coded: dict[str, tuple[ExpertFormat, Any] | None] = field(default_factory=dict)
+    _stacks: dict[str, Experts] = field(default_factory=dict)
+
+    @property
+    def activation(self) -> torch.dtype:
+        """What dense algebra is computed in."""
+        return DTYPES[self.forms.activation]
+
+    @property
+    def words(self) -> dict[str, Callable[..., Tensor]]:
+        """Words of `Ops` that are better spelled here than by the definition."""
+        if not self.compiled:
+            return {"linear": self.linear}
+        dense = plugin.load("dense", "launch")
+        return {"linear": self.linear, "rms_norm": dense.rms_norm, "swiglu": dense.swiglu}
+
+    def tensor(self, name: str) -> Tensor:
+        """See `HeldWeights`."""
+        return decoded(*self._stored(name), self.forms(name), self.activation)
+
+    def expert(self, name: str, index: int) -> Tensor:
+        """See `HeldWeights`: in the type that is computed in, decoded from what kernels take."""
+        prefix, part, _ = name.rsplit(".", 2)
+        stacks = self.experts(prefix)
+        matrix = getattr(stacks.weights, part.removesuffix("_proj"))
+        result: Tensor = matrix.expert(stacks.format, index)
+        return result.to(self.activation)
+
+    def experts(self, prefix: str) -> Experts:
+        """See `ExpertSource`."""
+        if prefix not in self._stacks:
+            self._stacks[prefix] = self.source.experts(prefix)
+        return self._stacks[prefix]
+
+    def vector(self, binding: WeightBinding) -> Tensor:
+        """A vector in fp32, what is added to it included."""
+        return self.tensor(binding.weight).float() + binding.plus
+
+    def embedding(self, token_ids: Tensor, name: str) -> Tensor:
+        """`Ops.embedding`: of a coded table only the rows that are asked for are decoded."""
+        values, scales = self._stored(name)
+        if scales is None:
+            return functional.embedding(token_ids, values)
+        form = self.forms(name)
+        some = replace(form, shape=(len(token_ids), form.shape[1]))
+        return decoded(values[token_ids], scales[token_ids], some, self.activation)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """`Ops.linear`."""
+        if name not in self._coded:
+            self._coded[name] = self._for_kernels(name)
+        coded = self._coded[name]
+        if coded is None:
+            return functional.linear(x, self.tensor(name))
+        kind, matrix = coded
+        rows, columns = self.forms(name).shape
+        result: Tensor = plugin.load("dense", "launch").linear(x, matrix, kind, (rows, columns))
+        return result
+
+    def load(self, names: list[str], prefixes: list[str]) -> None:
+        """Bring all that is named to the device now, experts in the order of layers."""
+        for prefix in prefixes:
+            self.experts(prefix)
+        for name in names:
+            self._stored(name)
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self._dense:
+            self._dense[name] = self.source.dense(name)
+        return self._dense[name]
+
+    def _for_kernels(self, name: str) -> tuple[ExpertFormat, Any] | None:
+        """A matrix in the kernels' layout, which takes the place of the one it came in."""
+        form = self.forms(name)
+        values, scales = self._stored(name)
+        if scales is None or not self.compiled:
+            return None
+        kind = kernel_format(form)
+        if kind is None:
+            self._dense[name] = self.tensor(name), None
+            return None
+        module = plugin.load("sparse_moe", "weights")
+        if kind == "int4":
+            values, scales = kernel_int4(values, scales)
+            del self._dense[name]  # codes are kept once
+        return kind, module.Matrix(values[None], scales[None])
+
+
+def kernel_format(form: WeightForm) -> ExpertFormat | None:
+    """The kernels' name for a matrix's codes; None where they have none."""
+    if form.dtype == "int4" and form.block == (1, GROUP) and form.shape[1] % GROUP == 0:
+        return "int4"
+    if form.dtype != "float8_e4m3fn":
+        return None
+    if len(form.scale_shape) == 1:
+        return "fp8_channel"
+    return "fp8_block" if form.block == (GROUP, GROUP) else None
+
+
+def kernel_int4(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N, K / 2]` uint8 in two's complement, two of a row a byte, to `sparse_moe.pack`'s words and pairs.
+
+    Args:
+        values: See above; K is a multiple of 128.
+        scales: `[N, K / 128]`; they are rounded to fp16.
+    """
+    n, half = values.shape
+    codes = torch.stack([values & 15, values >> 4], -1).view(n, half * 2 // GROUP, 4, 32) ^ 8
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=values.device)[:, None]
+    words = (codes.int() << shifts).sum(2, dtype=torch.int32).to(torch.int16).view(n, half // 2)
+    pairs = torch.zeros(n, -(-scales.shape[1] // 2) * 2, dtype=torch.float16, device=values.device)
+    pairs[:, : scales.shape[1]] = scales.to(torch.float16)
+    return words, pairs.view(torch.int32).T.contiguous()

@@ -1,0 +1,48 @@
+"""Work that is recorded once and replayed on the same memory: CUDA graphs, behind one word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WARM = 2  # runs before a recording: kernels are compiled and libraries take their memory in the first
+
+
+class Recorder(Protocol):
+    """Records work that decides nothing by values on the device."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run the work, and give what runs it again on what its inputs hold then."""
+        ...
+
+
+class GraphRecorder:
+    """CUDA graphs of one device, which share memory for what is alive within a replay only.
+
+    So no two of them may run at once, which a session's one thread does not do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `Recorder`; when it returns, the device has done the work."""
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM):
+                work()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        graph.replay()  # capturing ran nothing
+        torch.cuda.synchronize(self.device)
+        replay: Callable[[], None] = graph.replay
+        return replay
