@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine draws slowly, which says nothing about a strategy.
-settings.register_profile("suite", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+# A busy machine draws slowly, which says nothing about a strategy; the suite has ten minutes.
+settings.register_profile(
+    "suite", max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None
+)
 settings.load_profile("suite")
 
 # One thread a library: pytest-xdist uses the cores.

@@ -99,7 +99,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     arrivals=st.lists(
         st.tuples(REQUESTS, st.integers(0, 12), st.sampled_from([None, None, None, 0, 1, 5])),
