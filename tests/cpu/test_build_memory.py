@@ -50,7 +50,7 @@ print(status("VmHWM") - base)
 def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
     """Six times the experts, the same peak; both far below the checkpoint's size."""
     spec, peaks = EngineSpec.load(engine), []
-    for layers in (4, 7):
+    for layers in (4, 9):
         raw = raw_config(
             layers=layers,
             modules=1,
@@ -77,4 +77,4 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
         size = Checkpoint.open(source.directory).nbytes
     assert size > 85e6
     assert max(peaks) < 180e6
-    assert peaks[1] < peaks[0] + 25e6  # three layers more are 42 MB of int4, 84 MB of FP8
+    assert peaks[1] < peaks[0] + 25e6  # five layers more are 70 MB of int4, 140 MB of FP8
