@@ -77,14 +77,15 @@ def test_a_batch_survives_kills(bundle: Path, tmp_path: Path) -> None:
     assert run("batch", bundle, source, "-o", tmp_path / "whole.jsonl").returncode == 0
     want = (tmp_path / "whole.jsonl").read_bytes()
     out, delays, kills = tmp_path / "out.jsonl", random.Random(0), 0
-    command = [*PROGRAM, "batch", str(bundle), str(source), "-o", str(out)]
+    # A few at a time, so that answers come in many portions.
+    command = [*PROGRAM, "batch", str(bundle), str(source), "-o", str(out), "--sequences", "2"]
     partial = tmp_path / "out.jsonl.partial"
     while not out.exists() and kills < 6:
         before = partial.stat().st_size if partial.exists() else 0
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while child.poll() is None and (not partial.exists() or partial.stat().st_size <= before):
             time.sleep(0.002)
-        time.sleep(delays.uniform(0, 0.05))
+        time.sleep(delays.uniform(0, 0.02))
         if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)
             kills += 1

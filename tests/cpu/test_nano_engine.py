@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from step35_trt.runtime.session import Session
 
-PROMPTS, TOKENS = 12, 128  # benchmarks/lossless.py has 200
+PROMPTS, TOKENS = 8, 128  # benchmarks/lossless.py has 200
 
 
 @pytest.fixture(scope="module")
