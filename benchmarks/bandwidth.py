@@ -17,29 +17,31 @@ import numpy as np
 LINE = 64
 
 
-def read_bandwidth(megabytes: int = 1024, repeats: int = 20) -> float:
-    """Most bytes/s seen while one thread a core reads its share of a large array.
+class Reader:
+    """One thread a core reads its share of a large array.
 
-    The reader is C (`bandwidth.c`), since what numpy reads is less than the machine can; the best of the
-    repeats is the machine's, the rest its noise.
+    It is C (`bandwidth.c`), since what numpy reads is less than the machine can.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "bandwidth.so"
-        source = Path(__file__).with_name("bandwidth.c")
-        command = [sys.executable, "-m", "ziglang", "cc", "-O3", "-march=native", "-shared", "-fPIC"]
-        subprocess.run([*command, "-o", str(library), str(source)], check=True, capture_output=True)
-        reader = ctypes.CDLL(str(library)).read_lines
-    reader.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    memory = mmap.mmap(-1, megabytes << 20)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page walks: the memory's speed, not the page table's
-    data = np.frombuffer(memory, np.int64)
-    data[:] = 1
-    cores = os.cpu_count() or 1
-    lines = data.nbytes // LINE // cores
-    best = 0.0
-    for _ in range(repeats):
+
+    def __init__(self, megabytes: int = 1024) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "bandwidth.so"
+            source = Path(__file__).with_name("bandwidth.c")
+            command = [sys.executable, "-m", "ziglang", "cc", "-O3", "-march=native", "-shared", "-fPIC"]
+            subprocess.run([*command, "-o", str(library), str(source)], check=True, capture_output=True)
+            self._read = ctypes.CDLL(str(library)).read_lines
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        memory = mmap.mmap(-1, megabytes << 20)
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page walks: the memory's speed, not the page table's
+        self._data = np.frombuffer(memory, np.int64)
+        self._data[:] = 1
+
+    def rate(self) -> float:
+        """Bytes/s of one reading of all of it."""
+        cores = os.cpu_count() or 1
+        lines = self._data.nbytes // LINE // cores
         threads = [
-            threading.Thread(target=reader, args=(data.ctypes.data + core * lines * LINE, lines))
+            threading.Thread(target=self._read, args=(self._data.ctypes.data + core * lines * LINE, lines))
             for core in range(cores)
         ]
         started = time.perf_counter()
@@ -47,9 +49,9 @@ def read_bandwidth(megabytes: int = 1024, repeats: int = 20) -> float:
             thread.start()
         for thread in threads:
             thread.join()
-        best = max(best, cores * lines * LINE / (time.perf_counter() - started))
-    return best
+        return cores * lines * LINE / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    print(f"{read_bandwidth() / 1e9:.1f} GB/s")
+    reader = Reader()
+    print(f"{max(reader.rate() for _ in range(20)) / 1e9:.1f} GB/s at best of 20 readings")

@@ -1,8 +1,9 @@
 """Speed and memory at real width: four layers of Step 3.5 Flash, one of each kind, int4, on the CPU.
 
 Writes a synthetic checkpoint (random weights, official FP8 layout, 12.5 GB), builds it for `cpu-int4`
-and decodes 1, 4 and 64 tokens, with the read bandwidth measured in the same run. With `--peer PYTHON` the
-same slice runs in llama.cpp (`peer_llama_cpp.py`) right after.
+and decodes 1, 4 and 64 tokens in rounds. After each round memory is read once, so that both meet the same
+moments of a shared machine. With `--peer PYTHON` the same slice runs in llama.cpp (`peer_llama_cpp.py`) right
+after.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks.bandwidth import read_bandwidth
+from benchmarks.bandwidth import Reader
 from step35_trt.checkpoint import expected_tensors
 from step35_trt.config import Step35Config
 
-TOKENS = (1, 4, 64)
+CALLS = {1: 4, 4: 2, 64: 1}  # of a round, by tokens; the peer's are the same
+WARM_UP = 2  # rounds
 CONTEXT = 64  # tokens already in the caches
 BLOCK = 128
 
@@ -111,8 +113,8 @@ def write_slice(directory: Path) -> None:
             stream.write(content[: size % len(content)])
 
 
-def measure(bundle: Path, repeats: int) -> dict[str, Any]:
-    """Decode in this process; times in ms, the process's peak memory in bytes."""
+def measure(bundle: Path) -> None:
+    """Decode a round for each line of the standard input; times in ms, the process's peak memory in bytes."""
     from step35_trt.bundle import Bundle
     from step35_trt.program import Program
     from step35_trt.runtime.load import open_session
@@ -120,29 +122,29 @@ def measure(bundle: Path, repeats: int) -> dict[str, Any]:
     opened = Bundle.open(bundle)
     session = open_session(opened)
     rng = np.random.default_rng(1)
-    times: dict[int, list[float]] = {count: [] for count in TOKENS}
     started = time.perf_counter()
     sequence = session.open()
     sequence.decode(rng.integers(0, 128896, CONTEXT), np.array([CONTEXT - 1]))
     load = time.perf_counter() - started
-    for repeat in range(repeats + 2):
-        for count in TOKENS:
-            ids = rng.integers(0, 128896, count)
-            started = time.perf_counter()
-            sequence.decode(ids, np.array([count - 1]))
-            if repeat > 1:
-                times[count].append((time.perf_counter() - started) * 1e3)
-            sequence.truncate(CONTEXT)
     assert isinstance(opened.program, Program)
-    segment = opened.program.decoder[0]
     weights = sum(r.size for n, r in opened.manifest.files.items() if n.startswith("weights/"))
-    return {
-        "ms": {c: [round(min(v), 2), round(float(np.median(v)), 2)] for c, v in times.items()},
-        "bytes_per_token": segment.bytes_per_token,
-        "weight_bytes": weights,
-        "peak_rss": peak_rss(),
-        "first_call_seconds": round(load, 2),
-    }
+    for _ in sys.stdin:
+        times: dict[int, list[float]] = {count: [] for count in CALLS}
+        for count, calls in CALLS.items():
+            for _ in range(calls):
+                ids = rng.integers(0, 128896, count)
+                started = time.perf_counter()
+                sequence.decode(ids, np.array([count - 1]))
+                times[count].append((time.perf_counter() - started) * 1e3)
+                sequence.truncate(CONTEXT)
+        result = {
+            "ms": times,
+            "bytes_per_token": opened.program.decoder[0].bytes_per_token,
+            "weight_bytes": weights,
+            "peak_rss": peak_rss(),
+            "first_call_seconds": load,
+        }
+        print(json.dumps(result), flush=True)
 
 
 def peak_rss() -> int:
@@ -154,7 +156,7 @@ def peak_rss() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/cpu-slice"), help="kept for the next run")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--peer", help="python of an environment with llama-cpp-python")
     parser.add_argument("--gguf", type=Path, help="where the peer keeps its file")
     parser.add_argument("--stage", choices=["build", "run"], help=argparse.SUPPRESS)
@@ -169,7 +171,7 @@ def main() -> None:
         print(json.dumps({"seconds": round(time.perf_counter() - started, 1), "peak_rss": peak_rss()}))
         return
     if options.stage == "run":
-        print(json.dumps(measure(bundle, options.repeats)))
+        measure(bundle)
         return
     if not bundle.exists():
         if not checkpoint.exists():
@@ -177,44 +179,73 @@ def main() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             write_slice(partial)
             partial.rename(checkpoint)
-        built = _stage("build", options)
+        done = subprocess.run(_stage("build", options), check=True, stdout=subprocess.PIPE, text=True)
+        built = json.loads(done.stdout)
         print(f"build: {built['seconds']} s, peak RSS {built['peak_rss'] / 1e9:.2f} GB (budget 2)")
-    bandwidth = read_bandwidth()
-    ours = _stage("run", options)
+    ours, rates = decode(options)
     peer = _peer(options)
-    bandwidth = max(bandwidth, read_bandwidth())
-    print(f"{platform.machine()}, {os.cpu_count()} cores, reads {bandwidth / 1e9:.1f} GB/s")
-    for count in TOKENS:
-        low, median = ours["ms"][str(count)]
-        line = f"{count:>3} tokens: {low:.1f} ms (median {median:.1f})"
-        if count == 1:
-            ratio = ours["bytes_per_token"] / (low / 1e3) / bandwidth
-            line += f", {ours['bytes_per_token'] / 1e6:.0f} MB read, {ratio:.2f} of the bandwidth"
+    best, median = max(rates) / 1e9, float(np.median(rates)) / 1e9
+    print(f"{platform.machine()}, {os.cpu_count()} cores, reads {best:.1f} GB/s (median {median:.1f})")
+    for count, times in ours["ms"].items():
+        low, middle = min(times), float(np.median(times))
+        line = f"{count:>3} tokens: {low:.1f} ms (median {middle:.1f})"
+        if count == "1":
+            megabytes = ours["bytes_per_token"] / 1e6
+            line += f", {megabytes:.0f} MB read, {megabytes / low / best:.3f} of the bandwidth"
+            line += f" (medians {megabytes / middle / median:.3f})"
         if peer:
-            other = peer[str(count)]
+            other = peer[count]
             line += f"; llama.cpp {other['ms_min']:.1f} ms (median {other['ms_median']:.1f})"
             line += f", ratio {low / other['ms_min']:.2f}"
         print(line)
     budget = 1.15 * ours["weight_bytes"] + 300e6
     print(
         f"weights {ours['weight_bytes'] / 1e9:.2f} GB, peak RSS {ours['peak_rss'] / 1e9:.2f} GB "
-        f"(budget {budget / 1e9:.2f}), first call {ours['first_call_seconds']} s"
+        f"(budget {budget / 1e9:.2f}), first call {ours['first_call_seconds']:.2f} s"
     )
 
 
-def _stage(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def _stage(name: str, options: argparse.Namespace) -> list[str]:
     """A process of its own, so that its peak memory is its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu_slice", "--stage", name, "--work", str(options.work)]
-    command += ["--repeats", str(options.repeats)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    command = [sys.executable, "-m", "benchmarks.cpu_slice", "--stage", name]
+    return [*command, "--work", str(options.work)]
+
+
+def decode(options: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
+    """What the rounds took, and how fast memory was read after each, in bytes/s."""
+    for path in (options.work / "bundle/weights").iterdir():
+        _from_disk(path)
+    reader, rounds, rates = Reader(), list[dict[str, Any]](), list[float]()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(_stage("run", options), stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(options.rounds + WARM_UP):
+            print(file=process.stdin, flush=True)
+            rounds.append(json.loads(process.stdout.readline()))
+            rates.append(reader.rate())
+        process.stdin.close()
+    times = {str(count): [ms for r in rounds[WARM_UP:] for ms in r["ms"][str(count)]] for count in CALLS}
+    return rounds[-1] | {"ms": times}, rates[WARM_UP:]
+
+
+def _from_disk(path: Path) -> None:
+    """Let the next reader of a file read it from the disk, as after a restart.
+
+    Pages of a file that was written while memory was short lie apart from each other, and reading those takes
+    up to a tenth longer, whoever reads.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _peer(options: argparse.Namespace) -> dict[str, Any] | None:
     if not options.peer:
         return None
     gguf = options.gguf or options.work / "slice.gguf"
+    if gguf.exists():
+        _from_disk(gguf)
     script = Path(__file__).with_name("peer_llama_cpp.py")
     command = [options.peer, str(script), "--gguf", str(gguf), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -16,7 +16,7 @@ void do_rows(void *row_group, size_t begin, size_t end) {
   const struct row_group *g = row_group;
   const struct int4_routines *routines = g->routines;
   for (size_t row = begin; row < end; row++)
-    for (const struct row_step *s = g->first; s < g->last; s++) {
+    for (const struct row_step *s = g->step; s < g->step + g->steps; s++) {
       size_t at = row * s->width;
       switch (s->kind) {
         case EMBED_ROW: embed(s, row); break;

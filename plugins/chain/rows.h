@@ -17,11 +17,13 @@ struct row_step {
   float eps;
 };
 
-// Steps first .. last - 1, done to each of the rows.
+enum { MOST_ROW_STEPS = 8 };
+
+// Steps done to each of the rows.
 struct row_group {
   const struct int4_routines *routines;
-  const struct row_step *first, *last;
-  size_t rows;
+  size_t rows, steps;
+  struct row_step step[MOST_ROW_STEPS];
 };
 
 // Unit: a row.

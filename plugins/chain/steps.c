@@ -1,7 +1,13 @@
+#include "../gated_attention/plan.h"
+#include "../int4_linear/linear.h"
+#include "../sparse_moe/experts.h"
 #include "call.h"
+#include "rows.h"
 
-// As in onnx_chain.py.
-enum { EMBED, ROWS, ADD, NORM, LINEAR, GATED, EXPERTS };
+// As in onnx_chain_steps.py.
+enum { EMBED, ROWS, ADD, NORM, ATTEND, LINEAR, GATED, EXPERTS, DROP };
+
+static const struct int4_routines *routines(const struct call *c) { return int4_routines[c->self->isa]; }
 
 // `t` says which rows of `of` are meant.
 static void check_index(struct call *c, const struct tensor *t, const struct tensor *of) {
@@ -12,25 +18,26 @@ static void check_index(struct call *c, const struct tensor *t, const struct ten
 }
 
 static void task(struct call *c, struct task task) {
-  if (c->tasks == MOST_TASKS) fail(c, "it has too many tasks");
-  if (!c->status) c->task[c->tasks++] = task;
+  if (c->tasks == c->self->tasks) fail(c, "it has too many tasks");
+  if (c->status) return;
+  c->task[c->tasks++] = task;
+  c->group = NULL;
+  reuse_dropped(c);
 }
-
-static int after_rows(const struct call *c) { return c->tasks && c->task[c->tasks - 1].run == do_rows; }
 
 // Row steps that follow each other are one task; not so rows that are taken, which reads rows that others make.
 static void row_step(struct call *c, size_t rows, struct row_step step) {
-  if (!after_rows(c) || c->group[c->groups - 1].rows != rows || step.kind == TAKE_ROW) {
-    if (c->groups == MOST_STEPS) fail(c, "it has too many steps");
-    if (c->status) return;
-    struct row_group *group = &c->group[c->groups++];
-    *group = (struct row_group){c->self->routines, c->row_step + c->row_steps, c->row_step + c->row_steps, rows};
-    task(c, (struct task){do_rows, group, &group->rows, NULL});
+  struct row_group *group = c->group;
+  if (!group || group->rows != rows || group->steps == MOST_ROW_STEPS || step.kind == TAKE_ROW) {
+    group = piece(c, sizeof *group);
+    if (!group) return;
+    group->routines = routines(c);
+    group->rows = rows;
+    group->steps = 0;
+    task(c, (struct task){do_rows, group, &group->rows, NULL, {0}});
+    c->group = group;
   }
-  if (c->row_steps == MOST_ROW_STEPS) fail(c, "it has too many steps");
-  if (c->status) return;
-  c->row_step[c->row_steps++] = step;
-  c->group[c->groups - 1].last++;
+  if (!c->status) group->step[group->steps++] = step;
 }
 
 static void take_rows(struct call *c, int embeds) {
@@ -95,11 +102,10 @@ static size_t block_size(struct call *c, size_t columns) {
 }
 
 static void linear(struct call *c, int gated) {
-  if (c->linears == MOST_STEPS) fail(c, "it has too many steps");
   const struct tensor *x = activation(c, NULL, 0);
-  if (c->status) return;
-  struct linear *l = &c->linear[c->linears++];
-  *l = (struct linear){.routines = c->self->routines, .x = x->data, .columns = (size_t)x->dims[1]};
+  struct linear *l = piece(c, sizeof *l);
+  if (!l) return;
+  *l = (struct linear){.routines = routines(c), .x = x->data, .columns = (size_t)x->dims[1]};
   l->rows.count = (size_t)x->dims[0];
   if (gated) l->up = activation(c, x, 1)->data;
   l->rows.block = block_size(c, l->columns);
@@ -113,20 +119,20 @@ static void linear(struct call *c, int gated) {
   rows_in(rows, l->rows.count, l->columns, l->rows.block, &l->rows);
   linear_plan(l);
   c->bytes += l->bytes;
-  if (!gated && after_rows(c))
+  if (!gated && c->group)
     row_step(c, l->rows.count,
              (struct row_step){.kind = QUANTISE_ROW, .a = l->x, .rows = l->rows, .width = l->columns});
   else
-    task(c, (struct task){linear_quantise, l, &l->quantise_units, NULL});
-  task(c, (struct task){linear_multiply, l, &l->multiply_units, linear_ask});
+    task(c, (struct task){linear_quantise, l, &l->quantise_units, NULL, {0}});
+  task(c, (struct task){linear_multiply, l, &l->multiply_units, linear_ask, {0}});
+  drop(c, rows);
 }
 
 static void experts(struct call *c) {
-  if (c->mixes == MOST_MIXES) fail(c, "it has too many experts");
   const struct tensor *x = activation(c, NULL, 0), *logits = activation(c, x, 0);
-  if (c->status) return;
-  struct experts *e = &c->experts[c->mixes];
-  *e = (struct experts){.routines = c->self->routines, .x = x->data, .logits = logits->data,
+  struct experts *e = piece(c, sizeof *e);
+  if (!e) return;
+  *e = (struct experts){.routines = routines(c), .x = x->data, .logits = logits->data,
                         .tokens = (size_t)x->dims[0], .experts = (size_t)logits->dims[1], .d = (size_t)x->dims[1]};
   e->bias = vector(c, e->experts);
   const struct tensor *part[4];
@@ -145,15 +151,34 @@ static void experts(struct call *c) {
   if (!c->status)
     c->status = matrix_of(c->api, "Chain", part[2], part[3], count, x->dims[1], inner, (int64_t)block, &e->down);
   e->y = made(c, x->dims[0], x->dims[1]);
+  void *memory = c->status ? NULL : room(c, experts_size(e));
   struct task tasks[EXPERTS_TASKS];
-  if (c->status) return;
-  if (!experts_plan(e, tasks)) {
-    c->status = failure(c->api, ORT_FAIL, "Chain: no memory for %zu tokens", e->tokens);
-    return;
-  }
-  c->mixes++;
+  if (!memory) return;
+  experts_plan(e, memory, tasks);
   c->bytes += e->bytes;
   for (size_t i = 0; i < EXPERTS_TASKS; i++) task(c, tasks[i]);
+  drop(c, memory);
+}
+
+static void attend(struct call *c) {
+  const struct tensor *in[ATTENTION_INPUTS];
+  for (size_t i = 0; i < ATTENTION_INPUTS; i++) in[i] = value(c);
+  int64_t window = integer(c);
+  float eps = number(c);
+  struct attending *a = piece(c, sizeof *a);
+  if (!a) return;
+  a->routines = attend_routines[c->self->isa];
+  c->status = attention_of(c->api, "Chain", in, window, eps, a);
+  a->a.out = made(c, in[Q]->dims[0], in[Q]->dims[1]);
+  a->a.keys = written(c, in[KEYS_IN]);
+  a->a.values = written(c, in[VALUES_IN]);
+  void *cuts = c->status ? NULL : piece(c, attention_cuts(a)), *memory = cuts ? room(c, attention_room(a)) : NULL;
+  struct task tasks[ATTENTION_TASKS];
+  if (!memory) return;
+  attention_plan(a, cuts, memory, tasks);
+  c->bytes += a->bytes;
+  for (size_t i = 0; i < ATTENTION_TASKS; i++) task(c, tasks[i]);
+  drop(c, memory);
 }
 
 void read_steps(struct call *c) {
@@ -165,7 +190,9 @@ void read_steps(struct call *c) {
       case NORM: norm(c); break;
       case LINEAR: linear(c, 0); break;
       case GATED: linear(c, 1); break;
+      case ATTEND: attend(c); break;
       case EXPERTS: experts(c); break;
+      case DROP: drop(c, value(c)->data); break;
       default: fail(c, "it has a step of no known kind");
     }
   }

@@ -1,6 +1,6 @@
 #include "call.h"
 
-#include <stdlib.h>
+#include "../gated_attention/plan.h"
 
 void fail(struct call *c, const char *what) {
   if (!c->status) c->status = failure(c->api, ORT_INVALID_ARGUMENT, "Chain: %s", what);
@@ -26,7 +26,7 @@ const struct tensor *value(struct call *c) {
   int64_t index = integer(c);
   if (!c->status && (index < 0 || (size_t)index >= c->values)) fail(c, "a step takes a value that is not there");
   if (c->status) return &none;
-  return (size_t)index < c->self->inputs && c->self->is_fixed[index] ? &c->self->fixed[index] : &c->value[index];
+  return &c->value[index];
 }
 
 const struct tensor *activation(struct call *c, const struct tensor *like, int alike_columns) {
@@ -43,33 +43,16 @@ const float *vector(struct call *c, size_t width) {
   return t->data;
 }
 
-// Many small pieces share one: asking for each costs more than some steps.
-void *room(struct call *c, size_t bytes) {
-  bytes = (bytes + 63) / 64 * 64;
-  if (c->status) return NULL;
-  if (bytes > c->left) {
-    size_t size = bytes > SHARED_ROOM ? bytes : SHARED_ROOM;
-    char *more = aligned_alloc(64, size);
-    if (!more) {
-      c->status = failure(c->api, ORT_FAIL, "Chain: no memory for %zu bytes", size);
-      return NULL;
-    }
-    c->room[c->kept++] = more;
-    if (bytes > SHARED_ROOM) return more;
-    c->free = more;
-    c->left = size;
-  }
-  c->free += bytes;
-  c->left -= bytes;
-  return c->free - bytes;
+static struct tensor *next_value(struct call *c) {
+  if (c->values == c->self->values) fail(c, "it has too many values");
+  return c->status ? NULL : &c->value[c->values++];
 }
 
 float *made(struct call *c, int64_t rows, int64_t width) {
-  if (c->values == MOST_VALUES) fail(c, "it has too many values");
-  if (c->status) return NULL;
-  struct tensor *t = &c->value[c->values];
+  struct tensor *t = next_value(c);
+  if (!t) return NULL;
   *t = (struct tensor){.dims = {rows, width}, .rank = 2};
-  int output = c->output_of[c->values++];
+  int output = c->self->output_of[t - c->value];
   if (output < 0) {
     t->data = room(c, (size_t)(rows * width) * sizeof(float));
   } else {
@@ -77,5 +60,17 @@ float *made(struct call *c, int64_t rows, int64_t width) {
     c->status = tensor_output(c->api, c->context, (size_t)output, t->dims, 2, &data);
     t->data = data;
   }
+  return t->data;
+}
+
+float *written(struct call *c, const struct tensor *from) {
+  struct tensor *t = next_value(c);
+  float *data = NULL;
+  int output = t ? c->self->output_of[t - c->value] : 0;
+  if (output < 0) fail(c, "a cache is no output");
+  if (c->status) return NULL;
+  *t = *from;
+  c->status = tensor_output(c->api, c->context, (size_t)output, t->dims, t->rank, &data);
+  if (!c->status) t->data = cache_at(from, data);
   return t->data;
 }

@@ -1,8 +1,6 @@
 #include "work.h"
 
 #include <sched.h>
-#include <stdatomic.h>
-#include <string.h>
 #include <unistd.h>
 
 enum {
@@ -11,16 +9,9 @@ enum {
   MOST_ASKED = 512 << 10,    // bytes a worker asks for ahead of time: half of a second-level cache
 };
 
-struct progress {
-  _Alignas(64) _Atomic size_t taken;
-  _Alignas(64) _Atomic size_t done;
-  _Alignas(64) _Atomic uint64_t owned; // by bit: the workers whose own units are taken
-};
-
 struct plan {
-  const struct task *tasks;
+  struct task *tasks;
   size_t count, workers;
-  struct progress progress[MOST_TASKS];
 };
 
 // How far a worker has asked for the memory of a task to come.
@@ -63,35 +54,38 @@ static size_t take(const struct plan *plan, struct progress *p, size_t units, si
   return 0;
 }
 
-// A little of what this worker reads next; zero where it has asked for enough.
+static size_t next_to_ask(const struct plan *plan, size_t task) {
+  while (++task < plan->count && !plan->tasks[task].ask) continue;
+  return task;
+}
+
+// A little of what this worker reads next; zero where it has asked for enough, or what comes is not known yet.
 static size_t ask(const struct plan *plan, size_t now, size_t worker, struct asked *a) {
-  if (a->task <= now) {
-    size_t next = now + 1;
-    while (next < plan->count && !plan->tasks[next].ask) next++;
-    *a = (struct asked){.task = next};
+  if (a->task <= now) *a = (struct asked){.task = next_to_ask(plan, now)};
+  while (a->task < plan->count && a->bytes < MOST_ASKED) {
+    const struct task *task = &plan->tasks[a->task];
+    size_t units = __atomic_load_n(task->units, __ATOMIC_ACQUIRE), own = own_units(plan, units);
+    if (!units) return 0;
+    while (a->unit < own) {
+      size_t bytes = task->ask(task->argument, own * worker + a->unit, a->done);
+      a->bytes += bytes;
+      a->done += bytes;
+      if (bytes) return bytes;
+      a->unit++;
+      a->done = 0;
+    }
+    a->task = next_to_ask(plan, a->task);
+    a->unit = a->done = 0;
   }
-  if (a->task == plan->count || a->bytes >= MOST_ASKED) return 0;
-  const struct task *task = &plan->tasks[a->task];
-  size_t units = __atomic_load_n(task->units, __ATOMIC_ACQUIRE), first = own_units(plan, units) * worker;
-  if (first + a->unit >= units) return 0;
-  size_t bytes = task->ask(task->argument, first + a->unit, a->done);
-  a->bytes += bytes;
-  if (bytes) {
-    a->done += bytes;
-  } else if (a->done) {
-    a->unit++;
-    a->done = 0;
-    return 1;
-  }
-  return bytes;
+  return 0;
 }
 
 static void work(void *argument, size_t worker) {
   struct plan *plan = argument;
   struct asked asked = {0};
   for (size_t i = 0; i < plan->count; i++) {
-    const struct task *task = &plan->tasks[i];
-    struct progress *p = &plan->progress[i];
+    struct task *task = &plan->tasks[i];
+    struct progress *p = &task->progress;
     size_t begin, run, units = *task->units;
     while ((run = take(plan, p, units, worker, &begin))) {
       task->run(task->argument, begin, begin + run);
@@ -120,17 +114,12 @@ static size_t processors(void) {
   return count;
 }
 
-ort_status *do_tasks(const ort_api *api, const ort_kernel_context *context, const struct task *tasks, size_t count,
+ort_status *do_tasks(const ort_api *api, const ort_kernel_context *context, struct task *tasks, size_t count,
                      size_t bytes) {
   size_t workers = processors();
   if (workers > bytes / WORTH_A_THREAD + 1) workers = bytes / WORTH_A_THREAD + 1;
   if (workers > MOST_WORKERS) workers = MOST_WORKERS;
-  if (count > MOST_TASKS) return failure(api, ORT_FAIL, "%zu tasks at once", count);
-  struct plan plan;
-  plan.tasks = tasks;
-  plan.count = count;
-  plan.workers = workers;
-  memset(plan.progress, 0, count * sizeof *plan.progress);
+  struct plan plan = {tasks, count, workers};
   if (workers == 1) {
     work(&plan, 0);
     return NULL;
@@ -141,6 +130,6 @@ ort_status *do_tasks(const ort_api *api, const ort_kernel_context *context, cons
 ort_status *do_phases(const ort_api *api, const ort_kernel_context *context, const struct phase *phases,
                       size_t count, size_t bytes, void *argument) {
   struct task tasks[MOST_PHASES];
-  for (size_t i = 0; i < count; i++) tasks[i] = (struct task){phases[i].run, argument, &phases[i].units, NULL};
+  for (size_t i = 0; i < count; i++) tasks[i] = (struct task){phases[i].run, argument, &phases[i].units, NULL, {0}};
   return do_tasks(api, context, tasks, count, bytes);
 }

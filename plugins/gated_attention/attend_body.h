@@ -34,11 +34,6 @@ INLINE void turn(const struct attention *a, const float *x, const float *gamma, 
   for (i = 0; i < a->dim; i += LANES) store(y + i, load(y + i) * all(factor));
 }
 
-// Where the rows of a KV head begin in the page of a position.
-INLINE size_t page_at(const struct attention *a, const struct sequence *s, size_t group, size_t position) {
-  return ((size_t)s->pages[position / a->page] * a->groups + group) * a->page * a->dim;
-}
-
 static void write(const struct attention *a, size_t token) {
   const struct place *at = a->places + token;
   size_t row = at->position % a->page;
@@ -142,24 +137,6 @@ INLINE void soften(float *s, size_t begin, size_t end, float *most, lanes_f *sum
   }
 }
 
-// Positions that some row of a unit sees, and chunks that it sums.
-struct reach {
-  size_t from, to, chunk, chunks;
-};
-
-INLINE struct reach reach_of(const struct attention *a, const struct unit *u) {
-  const struct sequence *s = a->sequences + u->sequence;
-  size_t first = s->past + u->token;
-  struct reach r = {seen_from(a, first), first + u->count, s->first_chunk, s->chunks};
-  if (!s->parts) return r;
-  size_t begin = (s->first_chunk + u->chunk) * CHUNK;
-  r.from = r.from > begin ? r.from : begin;
-  r.to = r.to < begin + CHUNK ? r.to : begin + CHUNK;
-  r.chunk += u->chunk;
-  r.chunks = 1;
-  return r;
-}
-
 // Asks for a block's keys and values, which are read once a token and lie in no cache until then.
 static void ask(const struct attention *a, const struct unit *u, size_t block, size_t from, size_t to) {
   size_t begin = block < from ? from / LANES * LANES : block, end = to - block < KEYS ? to : block + KEYS;
@@ -196,8 +173,8 @@ static void sum_chunk(const struct attention *a, const struct unit *u, const str
                       size_t end, const float *q, float *most, float *sums, float *acc) {
   const struct sequence *sequence = a->sequences + u->sequence;
   size_t dim = a->dim, per = a->heads / a->groups, rows = u->count * per, first = sequence->past + u->token;
-  float s[ROWS * KEYS];
-  lanes_f sum[ROWS];
+  float s[UNIT_ROWS * KEYS];
+  lanes_f sum[UNIT_ROWS];
   for (size_t r = 0; r < rows; r++) {
     most[r] = NOTHING;
     sum[r] = all(0);
@@ -232,7 +209,7 @@ static void attend_unit(const struct attention *a, const struct unit *u, const s
   const struct sequence *sequence = a->sequences + u->sequence;
   size_t dim = a->dim, per = a->heads / a->groups, rows = u->count * per;
   size_t token = sequence->begin + u->token, head = u->group * per;
-  float q[ROWS * MOST_DIM], acc[ROWS * MOST_DIM], most[ROWS], sums[ROWS];
+  float q[UNIT_ROWS * MOST_DIM], acc[UNIT_ROWS * MOST_DIM], most[UNIT_ROWS], sums[UNIT_ROWS];
   for (size_t r = 0; r < rows; r++) {
     size_t t = token + r / per;
     turn(a, a->q + (t * a->heads + head + r % per) * dim, a->q_gamma, a->turns + t * 2 * a->half,
@@ -247,7 +224,7 @@ static void attend_unit(const struct attention *a, const struct unit *u, const s
       sum_chunk(a, u, next, begin, end, reach.to, q, most, sums, acc);
       continue;
     }
-    float more[ROWS * MOST_DIM], its_most[ROWS], its_sums[ROWS];
+    float more[UNIT_ROWS * MOST_DIM], its_most[UNIT_ROWS], its_sums[UNIT_ROWS];
     sum_chunk(a, u, next, begin, end, reach.to, q, its_most, its_sums, more);
     for (size_t r = 0; r < rows; r++)
       merge(most + r, sums + r, acc + r * dim, its_most[r], its_sums[r], more + r * dim, dim);

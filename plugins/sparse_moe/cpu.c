@@ -57,10 +57,12 @@ static ort_status *compute(void *kernel, ort_kernel_context *context) {
   if (!status) status = matrix_of(api, op, &in[5], &in[6], experts, d, inner, self->block, &e.down);
   if (!status) status = tensor_output(api, context, 0, x, 2, &e.y);
   if (status || !t || !d) return status;
+  void *room = malloc(experts_size(&e));
+  if (!room) return failure(api, ORT_FAIL, "%s: no memory for %zu tokens", op, e.tokens);
   struct task tasks[EXPERTS_TASKS];
-  if (!experts_plan(&e, tasks)) return failure(api, ORT_FAIL, "%s: no memory for %zu tokens", op, e.tokens);
+  experts_plan(&e, room, tasks);
   status = do_tasks(api, context, tasks, EXPERTS_TASKS, e.bytes);
-  experts_end(&e);
+  free(room);
   return status;
 }
 

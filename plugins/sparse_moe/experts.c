@@ -1,6 +1,5 @@
 #include "experts.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -125,14 +124,28 @@ static size_t ask_down(void *argument, size_t unit, size_t done) {
   return ask_tiles(&c->down, at + first, at + last, done % part);
 }
 
-int experts_plan(struct experts *c, struct task tasks[EXPERTS_TASKS]) {
-  size_t pairs = c->tokens * c->top_k, block = c->down.block, scores = c->tokens * c->experts;
-  struct int8_rows *const kept[] = {&c->given, &c->rows, &c->hidden};
-  size_t counts[] = {c->tokens, c->tokens > 1 ? pairs : 0, pairs}, widths[] = {c->d, c->d, c->inner};
-  size_t total = routing_size(c->tokens, c->experts, c->top_k) + (c->logits ? 2 * scores * sizeof(float) : 0);
-  for (size_t i = 0; i < 3; i++) total += rows_size(counts[i], widths[i], block);
-  char *room = c->room = malloc(total + 1);
-  if (!room) return 0;
+// Rows of the tokens, of the pairs and of what is between the two products; then scores; then routing.
+static void rows_kept(struct experts *c, struct int8_rows *kept[3], size_t counts[3], size_t widths[3]) {
+  size_t pairs = c->tokens * c->top_k;
+  kept[0] = &c->given, kept[1] = &c->rows, kept[2] = &c->hidden;
+  counts[0] = c->tokens, counts[1] = c->tokens > 1 ? pairs : 0, counts[2] = pairs;
+  widths[0] = widths[1] = c->d, widths[2] = c->inner;
+}
+
+size_t experts_size(struct experts *c) {
+  struct int8_rows *kept[3];
+  size_t counts[3], widths[3], scores = c->logits ? 2 * c->tokens * c->experts * sizeof(float) : 0;
+  rows_kept(c, kept, counts, widths);
+  size_t total = routing_size(c->tokens, c->experts, c->top_k) + scores;
+  for (size_t i = 0; i < 3; i++) total += rows_size(counts[i], widths[i], c->down.block);
+  return total;
+}
+
+void experts_plan(struct experts *c, void *memory, struct task tasks[EXPERTS_TASKS]) {
+  struct int8_rows *kept[3];
+  size_t counts[3], widths[3], block = c->down.block, scores = c->tokens * c->experts;
+  char *room = memory;
+  rows_kept(c, kept, counts, widths);
   for (size_t i = 0; i < 3; i++) {
     rows_in(room, counts[i], widths[i], block, kept[i]);
     room += rows_size(counts[i], widths[i], block);
@@ -146,13 +159,10 @@ int experts_plan(struct experts *c, struct task tasks[EXPERTS_TASKS]) {
   c->one = 1;
   c->gathered = c->gate_up_units = 0;
   c->down_units = (c->d + COLUMNS - 1) / COLUMNS;
-  c->bytes = (pairs < c->experts ? pairs : c->experts) * c->inner * c->d * 3 / 2;
-  tasks[0] = (struct task){choose_experts, c, &c->one, NULL};
-  tasks[1] = (struct task){quantise, c, &c->tokens, NULL};
-  tasks[2] = (struct task){gather, c, &c->gathered, NULL};
-  tasks[3] = (struct task){gate_and_up, c, &c->gate_up_units, ask_gate_and_up};
-  tasks[4] = (struct task){down_and_mix, c, &c->down_units, ask_down};
-  return 1;
+  c->bytes = (counts[2] < c->experts ? counts[2] : c->experts) * c->inner * c->d * 3 / 2;
+  tasks[0] = (struct task){choose_experts, c, &c->one, NULL, {0}};
+  tasks[1] = (struct task){quantise, c, &c->tokens, NULL, {0}};
+  tasks[2] = (struct task){gather, c, &c->gathered, NULL, {0}};
+  tasks[3] = (struct task){gate_and_up, c, &c->gate_up_units, ask_gate_and_up, {0}};
+  tasks[4] = (struct task){down_and_mix, c, &c->down_units, ask_down, {0}};
 }
-
-void experts_end(struct experts *c) { free(c->room); }

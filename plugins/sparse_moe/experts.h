@@ -18,14 +18,13 @@ struct experts {
   struct int8_rows given;        // of the tokens
   struct int8_rows rows, hidden; // of the (expert, token) pairs: an expert's lie side by side
   struct routing routing;
-  void *room;
   size_t one, gathered, gate_up_units, down_units, bytes;
 };
 
 enum { EXPERTS_TASKS = 5 };
 
-// Finds memory and writes the tasks; false where there is none. What `x` and logits hold is read by the tasks only.
-int experts_plan(struct experts *e, struct task tasks[EXPERTS_TASKS]);
-void experts_end(struct experts *e);
+// Memory that the tasks need, and the tasks. What `x` and logits hold is read by the tasks only.
+size_t experts_size(struct experts *e);
+void experts_plan(struct experts *e, void *room, struct task tasks[EXPERTS_TASKS]);
 
 #endif

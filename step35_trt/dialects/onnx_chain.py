@@ -1,4 +1,4 @@
-"""Chains: what lies between two attentions becomes one node of `plugins/chain/cpu.c`.
+"""Chains: a decoder, or what lies between other nodes, becomes one node of `plugins/chain/cpu.c`.
 
 At one token a node's start and end cost as much as reading half a megabyte, and while a norm or a sum runs
 memory is idle. In a chain one set of threads goes through all steps, and who waits asks for the next weights.
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from step35_trt.dialects.onnx_chain_steps import (
+    ATTEND,
+    DROP,
     EMBED,
     EXPERTS,
     GATED,
@@ -28,18 +30,18 @@ from step35_trt.dialects.onnx_chain_steps import (
 from step35_trt.dialects.onnx_graph import OURS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class ChainSteps(ir.passes.InPlacePass):
-    """Sums, norms, products and experts become `Chain`s, where 4-bit weights are among them."""
+    """Sums, norms, attention, products and experts become `Chain`s, where 4-bit weights are among them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See `ir.passes.PassBase`."""
         graph = model.graph
         chains = [c for c in _chains(graph, steps_of(graph)) if any(step.kind >= LINEAR for step in c)]
-        for chain in chains:
-            _replace(graph, _scheduled(chain))
+        for index, chain in enumerate(chains):
+            _replace(graph, _scheduled(chain), f"chain.{index}")
         if chains:
             graph.sort()
         return ir.passes.PassResult(model, bool(chains))
@@ -131,6 +133,10 @@ class _Program:
         elif step.kind == NORM:
             self.take(node.inputs[1])
             self.reals.append(node.attributes["epsilon"].as_float())
+        elif step.kind == ATTEND:
+            self.take(*node.inputs[len(step.reads) :])
+            self.ints.append(attribute(node, "window"))
+            self.reals.append(node.attributes["eps"].as_float())
         elif step.kind in {LINEAR, GATED}:
             self._products(step, node)
         elif step.kind == EXPERTS:
@@ -155,27 +161,33 @@ class _Program:
         if step.kind == GATED:
             self.reals.append(node.attributes["limit"].as_float())
 
-    def node(self, outputs: Sequence[ir.Value]) -> ir.Node:
+    def drop(self, values: Iterable[ir.Value]) -> None:
+        for value in values:
+            self.ints += [DROP, value]
+
+    def node(self, outputs: Sequence[ir.Value], name: str) -> ir.Node:
         number = {value: i for i, value in enumerate([*self.inputs, *self.results])}
         attributes = [
             ir.AttrInt64s("steps", [v if isinstance(v, int) else number[v] for v in self.ints]),
             ir.AttrFloat32s("reals", self.reals),
             ir.AttrInt64s("results", [number[value] for value in outputs]),
         ]
-        return ir.Node(OURS, "Chain", self.inputs, attributes, num_outputs=len(outputs))
+        return ir.Node(OURS, "Chain", self.inputs, attributes, num_outputs=len(outputs), name=name)
 
 
-def _replace(graph: ir.Graph, steps: Sequence[Step]) -> None:
+def _replace(graph: ir.Graph, steps: Sequence[Step], name: str) -> None:
     program, nodes = _Program(), [node for step in steps for node in step.nodes]
-    for step in steps:
-        program.write(step)
-    inside = set(nodes)
+    inside, made = set(nodes), [value for step in steps for value in step.makes]
     outputs = [
         value
-        for value in program.results
+        for value in made
         if value.is_graph_output() or any(user not in inside for user, _ in value.uses())
     ]
-    chain = program.node(outputs)
+    last = {value: step for step in steps for value in (*step.makes, *step.reads)}
+    for step in steps:
+        program.write(step)
+        program.drop(v for v in made if last[v] is step and v not in outputs)
+    chain = program.node(outputs, name)
     graph.insert_before(nodes[0], chain)
     for old, new in zip(outputs, chain.outputs, strict=True):
         new.name, new.type, new.shape = old.name, old.type, old.shape

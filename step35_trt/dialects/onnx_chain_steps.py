@@ -8,7 +8,9 @@ import onnx_ir as ir
 
 from step35_trt.quantize.cpu_layout import TILE
 
-EMBED, ROWS, ADD, NORM, LINEAR, GATED, EXPERTS = range(7)  # as in `plugins/chain/steps.c`
+# As in `plugins/chain/steps.c`.
+EMBED, ROWS, ADD, NORM, ATTEND, LINEAR, GATED, EXPERTS, DROP = range(9)
+ACTIVATIONS = {ADD: 2, GATED: 2, ATTEND: 4}  # inputs that are, of steps that have several
 MOST_PRODUCTS = 4  # of one step
 
 
@@ -31,9 +33,7 @@ def steps_of(graph: ir.Graph) -> list[Step]:
         if kind == EXPERTS:
             steps += _experts(node)
         elif kind is not None:
-            reads = node.inputs[: 2 if kind in {ADD, GATED} else 1]
-            if kind == EMBED:
-                reads = node.inputs[1:2]
+            reads = node.inputs[1:2] if kind == EMBED else node.inputs[: ACTIVATIONS.get(kind, 1)]
             steps.append(Step(kind, tuple(v for v in reads if v is not None), [node], list(node.outputs)))
     linears = {step.reads[0]: step for step in reversed(steps) if step.kind == LINEAR}
     for node in graph:
@@ -110,6 +110,8 @@ def _kind(node: ir.Node, known: dict[ir.Value, int]) -> int | None:
         case "GatherBlockQuantized" if len(node.inputs) == 3:
             plain = {"bits": 8, "gather_axis": 0, "quantize_axis": 1}
             kind = EMBED if all(attribute(node, name, -1) == value for name, value in plain.items()) else None
+        case "GatedAttention" if x in known:
+            return ATTEND
         case "RMSNormalization" if attribute(node, "axis", -1) == -1:
             kind = NORM
         case "Gather" | "Add" | "Int4Experts":

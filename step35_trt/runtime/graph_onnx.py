@@ -5,15 +5,24 @@ from __future__ import annotations
 import platform
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import accumulate
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
 from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError
-from step35_trt.runtime.kv_pages import NONE, PAGE_ROWS, PagePool, PageTable, pages_for
+from step35_trt.runtime.kv_pages import (
+    NONE,
+    PAGE_ROWS,
+    PagePool,
+    PageTable,
+    idle_pages,
+    pages_for,
+    reserve,
+)
 from step35_trt.runtime.kv_rows import CachedRows
-from step35_trt.runtime.session import Step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -22,9 +31,8 @@ if TYPE_CHECKING:
     from step35_trt.config import Step35Config
     from step35_trt.program import CacheSpec
     from step35_trt.runtime.packing import Packed
-    from step35_trt.runtime.session import Floats
+    from step35_trt.runtime.session import Floats, Step
 
-IDLE_WINDOWS = 8  # of layers with a window: those of ended sequences, kept for ones that begin alike
 MOST_KEPT = 64  # bindings, and tokens of a call whose binding is kept
 
 
@@ -54,18 +62,8 @@ def inference_session(model: Path, library: Path | None = None) -> ort.Inference
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A binding for calls of one size, with the arrays it reads and writes; it knows their addresses only."""
-
-    binding: Any
-    inputs: dict[str, Any]
-    logits: Floats
-    hidden: Floats
-
-
-@dataclass(frozen=True)
 class _Results:
-    """Where calls whose binding is kept put their results."""
+    """Where a call's results go. Steps are views of it: while there are any, it is somebody's."""
 
     logits: Floats
     hidden: Floats
@@ -76,6 +74,21 @@ class _Results:
             np.empty((rows, config.vocab_size), np.float32),
             np.empty((tokens, config.hidden_size), np.float32),
         )
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no view is left; a view of a view refers to the array itself."""
+        # One reference is the attribute's, one the argument's.
+        return getrefcount(self.logits) == 2 and getrefcount(self.hidden) == 2
+
+
+@dataclass
+class _Call:
+    """A binding for calls of one size, with the arrays it reads and writes; it knows their addresses only."""
+
+    binding: Any
+    inputs: dict[str, Any]
+    results: _Results | None = None
 
 
 class CachedGraph:
@@ -104,8 +117,7 @@ class CachedGraph:
         self._windows = {spec.table: spec.window for spec in specs}
         every = pages_for(rows)
         self.pools = {
-            # A window that begins within a page takes one page more.
-            table: PagePool(every, IDLE_WINDOWS * (pages_for(window) + 1) if window else every)
+            table: PagePool(every, idle_pages(window) if window else every)
             for table, window in self._windows.items()
         }
         try:
@@ -144,15 +156,21 @@ class CachedGraph:
         if call is None:
             call = self._bound(*size, packed.hidden is not None)
         _fill(call.inputs, held, packed)
+        # Copying logits for the caller to keep, or binding anew, takes as long as reading several megabytes.
+        shared = max(tokens, wanted) <= MOST_KEPT and self._results.is_free
+        results = self._results if shared else _Results.empty(wanted, tokens, self._config)
+        logits, hidden = results.logits[:wanted], results.hidden[:tokens]
+        if call.results is not results:
+            _bind_output(call.binding, "logits", logits)
+            _bind_output(call.binding, "hidden", hidden)
+            call.results = results if shared else None
         self._graph.run_with_iobinding(call.binding)
-        steps = packed.split(call.logits, call.hidden)
-        if tokens > MOST_KEPT:
-            return steps
-        self._kept[size] = call
-        self._kept.move_to_end(size)
+        if tokens <= MOST_KEPT:
+            self._kept[size] = call
+            self._kept.move_to_end(size)
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
-        return [Step(step.logits.copy(), step.hidden.copy()) for step in steps]
+        return packed.split(logits, hidden)
 
     def _reserve(self, held: SequenceOf[CachedRows], packed: Packed) -> None:
         after = [
@@ -160,15 +178,7 @@ class CachedGraph:
             for rows, tokens in zip(held, packed.lengths, strict=True)
             for table in rows.tables
         ]
-        for pool in self.pools.values():
-            missing = sum(table.missing(length) for table, length in after if table.pool is pool)
-            if missing > pool.free:
-                raise DoesNotFitError(
-                    f"{missing * PAGE_ROWS} more rows are needed, the caches have {pool.free * PAGE_ROWS}",
-                    "Run fewer or shorter sequences at once, or build with more cache_tokens.",
-                )
-        for table, length in after:
-            table.reserve(length)
+        reserve(after)
 
     def _bound(self, tokens: int, rows: int, sequences: int, width: int, carries: bool) -> _Call:
         inputs: dict[str, Any] = {
@@ -180,22 +190,18 @@ class CachedGraph:
         }
         if carries:
             inputs["carried"] = np.zeros((tokens, self._config.hidden_size), np.float32)
-        kept = max(tokens, rows) <= MOST_KEPT
-        results = self._results if kept else _Results.empty(rows, tokens, self._config)
-        call = _Call(self._graph.io_binding(), inputs, results.logits[:rows], results.hidden[:tokens])
+        call = _Call(self._graph.io_binding(), inputs)
         for name, array in inputs.items():
             call.binding.bind_cpu_input(name, array)
         for name, array in self._pages.items():
             call.binding.bind_cpu_input(f"past_{name}", array)
             _bind_output(call.binding, name, array)
-        _bind_output(call.binding, "logits", call.logits)
-        _bind_output(call.binding, "hidden", call.hidden)
         return call
 
 
 def _fill(inputs: dict[str, Any], held: SequenceOf[CachedRows], packed: Packed) -> None:
     inputs["token_ids"][:], inputs["rows"][:] = packed.token_ids, packed.rows
-    inputs["starts"][1:] = np.cumsum(packed.lengths)
+    inputs["starts"][1:] = list(accumulate(packed.lengths))
     inputs["pasts"][:] = [rows.length for rows in held]
     if packed.hidden is not None:
         inputs["carried"][:] = packed.hidden

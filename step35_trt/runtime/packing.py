@@ -40,6 +40,9 @@ class Packed:
     @classmethod
     def of(cls, calls: SequenceOf[Call]) -> Packed:
         """Put the calls' tokens one after the other."""
+        if len(calls) == 1:  # as they are: a step of one token is short enough for this to matter
+            (call,) = calls
+            return cls((len(call.token_ids),), (len(call.rows),), call.token_ids, call.rows, call.hidden)
         lengths = tuple(len(call.token_ids) for call in calls)
         starts = np.cumsum((0, *lengths[:-1]))
         hidden = [call.hidden for call in calls if call.hidden is not None]
@@ -53,6 +56,8 @@ class Packed:
 
     def split(self, logits: Floats, hidden: Floats) -> list[Step]:
         """Each call's part of `[r, V]` and `[t, D]`."""
+        if len(self.counts) == 1:
+            return [Step(logits, hidden)]
         logit_parts = np.split(logits, np.cumsum(self.counts[:-1]))
         hidden_parts = np.split(hidden, np.cumsum(self.lengths[:-1]))
         return [Step(*parts) for parts in zip(logit_parts, hidden_parts, strict=True)]

@@ -22,12 +22,13 @@ from step35_trt.dialects.onnx import OnnxOps
 from step35_trt.dialects.onnx_ort import OrtSpelling, inverse_silu
 from step35_trt.dialects.onnx_standard import StandardSpelling
 from step35_trt.evaluate import evaluate
-from step35_trt.quantize.blocks import block_size, dequantize_blocks, quantize_blocks
+from step35_trt.quantize.blocks import block_size, quantize_blocks
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.session_torch import TorchSession
 from step35_trt.weight_store import BITS
 from tests.bundles import record_again
+from tests.codes import dequantize_blocks
 from tests.cpu.conftest import GEOMETRIES
 from tests.cpu.dialects.test_torch import expected, relative
 from tests.engines import engine, exported
@@ -220,10 +221,7 @@ def test_quantised_graphs_are_valid(checkpoints: dict[str, Path], tmp_path: Path
     """Ours for the engine; MatMulNBits and QMoE where only the runtime's own may be used."""
     if where == "bundle":
         engine(checkpoints["small-window"], tmp_path / "out", "cpu-int4")
-        domains, kinds = (
-            {"", "com.microsoft", "step35"},
-            {"Chain", "GatedAttention"},
-        )
+        domains, kinds = {"", "com.microsoft", "step35"}, {"Chain"}
     else:
         exported(
             checkpoints["small-window"], tmp_path / "out", OrtSpelling(int8_activations=True), "cpu-int4"
@@ -242,6 +240,9 @@ def test_quantised_graphs_are_valid(checkpoints: dict[str, Path], tmp_path: Path
         # Where no 4-bit product follows directly there is no chain to take it.
         chained = (where, graph.name) == ("bundle", "decoder.onnx")
         assert ("GatherBlockQuantized" in used) != chained
+        assert "GatedAttention" not in used  # part of a chain
+        chains = [node.name for node in model.graph.node if node.op_type == "Chain"]
+        assert set(chains) == ({f"chain.{i}" for i in range(len(chains))} if where == "bundle" else set())
 
 
 @dataclass(frozen=True)

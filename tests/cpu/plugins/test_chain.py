@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from step35_trt.dialects.onnx_chain_steps import ADD, EMBED, EXPERTS, GATED, LINEAR, NORM, ROWS
+from step35_trt.dialects.onnx_chain_steps import ADD, ATTEND, DROP, EMBED, EXPERTS, GATED, LINEAR, NORM, ROWS
 from tests.cpu.plugins import definition
 
 ISAS = definition.available_isas()
@@ -51,7 +51,8 @@ class Layer:
         for name in ("gate", "up", "down", "head"):
             self.fixed |= {f"{name}.w": getattr(self, name).tiles, f"{name}.s": getattr(self, name).scales}
 
-    def run(self, library, isa, ids, x, rows, threads=2):
+    def run(self, library, isa, ids, x, rows, threads=2, only=None):
+        """What it makes; with `only`, that and nothing else, and memory is reused as soon as it can be."""
         fed = {"ids": ids, "x": x, "rows": rows}
         names = [*fed, *self.fixed]
         made = [
@@ -80,6 +81,11 @@ class Layer:
             [ROWS, "rows", "=mixed"],
             [LINEAR, "=last", self.block, 1, "head.w", "head.s", 77],
         ]  # fmt: skip
+        if only:
+            last = {v: i for i, step in enumerate(steps) for v in step if str(v).startswith("=")}
+            for v, i in sorted(last.items(), key=lambda item: -item[1]):
+                steps.insert(i + 1, [DROP, v])
+            made = [only]
         ints = [at[v] if isinstance(v, str) else v for step in steps for v in step]
         reals = [EPS, 7.0, 3.0, 0.5]
         outputs = [at[f"={name}"] for name in made]
@@ -88,12 +94,16 @@ class Layer:
 
 
 def chain(library, isa, fed, fixed, made, steps, reals, outputs, threads=2):
+    attributes = {"steps": steps, "reals": reals, "results": outputs}
+    return built(library, isa, "Chain", fed, fixed, made, threads, **attributes)
+
+
+def built(library, isa, op, fed, fixed, made, threads=2, names=None, **attributes):
+    """One operator of inputs of any kind."""
     kinds = {np.dtype(np.int64): TensorProto.INT64, np.dtype(np.float32): TensorProto.FLOAT}
     values = [helper.make_tensor_value_info(n, kinds[v.dtype], [None] * v.ndim) for n, v in fed.items()]
-    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, None]) for n in made]
-    node = helper.make_node(
-        "Chain", [*fed, *fixed], made, domain="step35", steps=steps, reals=reals, results=outputs
-    )
+    outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in made]
+    node = helper.make_node(op, names or [*fed, *fixed], made, domain="step35", **attributes)
     held = [onnx.numpy_helper.from_array(v, n) for n, v in fixed.items()]
     return definition.loaded(library, isa, helper.make_graph([node], "g", values, outs, held), threads)
 
@@ -164,6 +174,106 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(library, isa):
         got = layer.run(library, isa, ids[part], x[part], np.arange(size))
         for name, value in whole.items():
             np.testing.assert_array_equal(got[name], value[part], err_msg=name)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("t", [1, 3, 70])
+def test_memory_that_is_used_again_changes_nothing(library, isa, t):
+    layer, given = Layer(5, 192, 64), inputs(6, t, 2, 192)
+    whole = layer.run(library, isa, *given)
+    for name in ("head", "routed"):
+        got = layer.run(library, isa, *given, only=name)
+        np.testing.assert_array_equal(got[name], whole[name], err_msg=name)
+
+
+class Attentions:
+    """Two attentions, of which the second reads what the first gives, over caches of their own."""
+
+    HEADS, GROUPS, D, PAGE = 6, 2, 32, 64
+
+    def __init__(self, seed, lengths, pasts, windows):
+        rng = np.random.default_rng(seed)
+        self.windows, t = windows, sum(lengths)
+        width, per_page = self.HEADS * self.D, self.GROUPS * self.D
+        pages = [-(-(past + length) // self.PAGE) for past, length in zip(pasts, lengths, strict=True)]
+        table = np.full((len(lengths), max(pages)), -1)
+        for row, count, first in zip(table, pages, np.cumsum([0, *pages]), strict=False):
+            row[:count] = first + np.arange(count)
+        sizes = {"q": width, "k": per_page, "v": per_page, "gate": self.HEADS}
+        self.fed = {name: rng.standard_normal((t, size)).astype(np.float32) for name, size in sizes.items()}
+        self.batch = {"table": table, "starts": np.cumsum([0, *lengths]), "pasts": np.array(pasts)}
+        shape = (sum(pages) + 1, self.GROUPS, self.PAGE, self.D)
+        self.caches = [[rng.standard_normal(shape).astype(np.float32) for _ in "kv"] for _ in windows]
+        self.fixed = {
+            "qg": rng.standard_normal(self.D).astype(np.float32),
+            "kg": rng.standard_normal(self.D).astype(np.float32),
+            "f": rng.random(self.D // 4).astype(np.float32),
+        }
+
+    def operator(self, library, isa, q, layer):
+        """`GatedAttention` alone: its three outputs."""
+        fed = self.fed | {"q": q} | dict(zip(("pk", "pv"), self.caches[layer], strict=True)) | self.batch
+        names = ["q", "k", "v", "gate", "qg", "kg", "f", "pk", "pv", "table", "starts", "pasts"]
+        return built(
+            library, isa, "GatedAttention", fed, self.fixed, ("y", "nk", "nv"), names=names,
+            window=self.windows[layer], eps=EPS,
+        ).run(None, fed)  # fmt: skip
+
+    def chained(self, library, isa):
+        """Both in one chain, with what they give added to itself in between, and its memory used again."""
+        caches = {f"{n}{i}": c for i, pair in enumerate(self.caches) for n, c in zip("kv", pair, strict=True)}
+        caches = {f"p{name}": cache for name, cache in caches.items()}
+        fed = self.fed | caches | self.batch
+        made = ["y0", "k0", "v0", "twice", "y1", "k1", "v1", "sum"]
+        at = {name: i for i, name in enumerate([*fed, *self.fixed, *(f"={name}" for name in made)])}
+        rest = ["k", "v", "gate", "qg", "kg", "f"]
+        steps = [
+            [ATTEND, "q", *rest, "pk0", "pv0", "table", "starts", "pasts", self.windows[0]],
+            [ADD, "=y0", "=y0"],
+            [DROP, "=y0"],
+            [ATTEND, "=twice", *rest, "pk1", "pv1", "table", "starts", "pasts", self.windows[1]],
+            [ADD, "=y1", "=twice"],
+        ]
+        ints = [at[v] if isinstance(v, str) else v for step in steps for v in step]
+        outs = ["k0", "v0", "k1", "v1", "sum"]
+        session = chain(
+            library, isa, fed, self.fixed, outs, ints, [EPS, EPS], [at[f"={name}"] for name in outs]
+        )
+        return dict(zip(outs, session.run(None, fed), strict=True))
+
+
+CALLS = {
+    "one token": ([1], [0]),
+    "a token far in": ([1], [2100]),
+    "a prompt": ([130], [0]),
+    "several": ([3, 1, 40], [1500, 64, 63]),
+    "nothing": ([0], [5]),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("call", CALLS)
+def test_attention_is_its_operator(library, isa, call):
+    both = Attentions(7, *CALLS[call], windows=(0, 100))
+    got = both.chained(library, isa)
+    y, k, v = both.operator(library, isa, both.fed["q"], 0)
+    np.testing.assert_array_equal(got["k0"], k)
+    np.testing.assert_array_equal(got["v0"], v)
+    y1, k, v = both.operator(library, isa, y + y, 1)
+    np.testing.assert_array_equal(got["k1"], k)
+    np.testing.assert_array_equal(got["v1"], v)
+    np.testing.assert_array_equal(got["sum"], y1 + (y + y))
+
+
+def test_caches_must_be_results(library):
+    both = Attentions(8, [2], [0], windows=(0, 0))
+    fed = both.fed | {"pk": both.caches[0][0], "pv": both.caches[0][1]} | both.batch
+    names = [*fed, *both.fixed]
+    takes = ["q", "k", "v", "gate", "qg", "kg", "f", "pk", "pv", "table", "starts", "pasts"]
+    steps = [ATTEND, *(names.index(name) for name in takes), 0]
+    made = chain(library, ISAS[0], fed, both.fixed, ["y"], steps, [EPS], [len(names)])
+    with pytest.raises(Exception, match="a cache is no output"):
+        made.run(None, fed)
 
 
 WRONG = {
