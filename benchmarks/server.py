@@ -1,30 +1,41 @@
 """A real tritonserver under load: every answer checked, throughput against the same load without a server.
 
-    python -m benchmarks.server BUNDLE [--rounds 10] [--seconds 6] [--streams 32]
+    python -m benchmarks.server BUNDLE [--rounds 8] [--requests 128] [--streams 32]
 
-The same requests go, `streams` at a time, to the serving loop in a process of its own and to a server that
-hosts it, over one gRPC stream each: in turns, so that a change of the machine's speed meets both. All run on
-the same cores, so the clients' and the server's work comes out of the server's throughput. Needs
-`tritonclient` here and a server in the environment of `STEP35_SERVER_PYTHON`.
+A load is a list of requests, `streams` of them open at any time, from the first request to the last answer.
+It goes through the serving loop in a process of its own and to a server that hosts the same loop, for whole
+answers and for streams: alone, whole, alone, streams, and so on. A load of the server is compared with the
+mean of those before and after it, so that a machine whose speed drifts slows both. All run on the same cores:
+the clients' and the server's own work comes out of the server's throughput. So each kind of load is made by
+one cheap thread, which asks anew when an answer is complete; the server's clients have a connection each. The
+cores that clients, server and loop keep busy are part of the report.
+
+Needs `tritonclient` here and a server in the environment of `STEP35_SERVER_PYTHON`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
+from importlib import import_module
+from itertools import cycle, islice, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from step35_trt.runtime.load import load_text, open_bundle
 from step35_trt.runtime.requests import Limits, TokenRequest, Tokens
@@ -46,10 +57,30 @@ PROMPTS = (
     "    def __init__(self, name, value):\n",
     "Changed in version 3.8:",
 )
-PORTS = {"http": 18100, "grpc": 18101, "metrics": 18102}
 
-Job = tuple[tuple[int, ...], int]  # prompt and tokens to generate
-Outcome = tuple[list[int], float]  # token ids and seconds to the first of them
+Request = tuple[tuple[int, ...], int]  # prompt and tokens to generate
+
+
+@dataclass
+class Answer:
+    """What one request got, as it arrives.
+
+    Attributes:
+        request: What was asked.
+        asked: When.
+        first: Seconds to the first token.
+        token_ids: So far.
+    """
+
+    request: Request
+    asked: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+
+    def take(self, token_ids: list[int]) -> None:
+        """The next tokens."""
+        self.first = self.first or time.perf_counter() - self.asked
+        self.token_ids += token_ids
 
 
 @dataclass(frozen=True)
@@ -62,6 +93,7 @@ class Load:
         answers: Finished requests.
         wrong: Those whose tokens are not the expected ones.
         first: Median seconds to the first token.
+        busy: Cores kept busy, by who did: 'loop' or 'server', and 'clients'.
     """
 
     tokens: int
@@ -69,6 +101,7 @@ class Load:
     answers: int
     wrong: int
     first: float
+    busy: dict[str, float]
 
     @property
     def rate(self) -> float:
@@ -76,132 +109,183 @@ class Load:
         return self.tokens / self.seconds
 
 
-def closed_loop(
-    ask: Callable[[int, Job], Outcome],
-    jobs: list[Job],
-    streams: int,
-    seconds: float,
-    expected: dict[Job, list[int]],
+def measured(
+    ask: Callable[[list[Request]], list[Answer]],
+    requests: list[Request],
+    expected: dict[Request, list[int]],
+    processes: dict[str, int],
 ) -> Load:
-    """Let `streams` clients ask one request after the other until the time is up."""
+    """Time a load; `processes` are those whose work is reported."""
+    before = {name: processor_seconds(process) for name, process in processes.items()}
     started = time.perf_counter()
-    done: list[list[tuple[Job, Outcome]]] = [[] for _ in range(streams)]
-
-    def client(number: int) -> None:
-        turn = number
-        while time.perf_counter() - started < seconds:
-            job = jobs[turn % len(jobs)]
-            done[number].append((job, ask(number, job)))
-            turn += 1
-
-    with ThreadPoolExecutor(streams) as pool:
-        list(pool.map(client, range(streams)))
-    elapsed = time.perf_counter() - started
-    outcomes = [outcome for one in done for outcome in one]
+    answers = ask(requests)
+    seconds = time.perf_counter() - started
     return Load(
-        tokens=sum(len(ids) for _, (ids, _) in outcomes),
-        seconds=elapsed,
-        answers=len(outcomes),
-        wrong=sum(ids != expected[job] for job, (ids, _) in outcomes),
-        first=median(first for _, (_, first) in outcomes),
+        tokens=sum(len(answer.token_ids) for answer in answers),
+        seconds=seconds,
+        answers=len(answers),
+        wrong=sum(answer.token_ids != expected[answer.request] for answer in answers),
+        first=median(answer.first for answer in answers),
+        busy={name: (processor_seconds(processes[name]) - then) / seconds for name, then in before.items()},
     )
 
 
-def in_process(bundle: Path, streams: int, seconds: float) -> None:
-    """The load on the bare loop: prints the answers to each job, then a load for every line it reads."""
-    jobs = make_jobs(bundle)
+def processor_seconds(process: int) -> float:
+    """Of a process; for another one than this, also of those it has started."""
+    total = 0.0
+    for task in Path(f"/proc/{process}/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if process != os.getpid():
+            total += sum(processor_seconds(int(child)) for child in (task / "children").read_text().split())
+    return total
+
+
+def through_loop(
+    loop: ServingLoop, stop_ids: tuple[int, ...], streams: int, requests: list[Request]
+) -> list[Answer]:
+    """A load on the bare loop."""
+    waiting, done = iter(requests), list[Answer]()
+    over: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+
+    def sink(answer: Answer, event: Event) -> None:
+        if isinstance(event, Tokens):
+            answer.take(list(event.token_ids))
+        else:
+            over.put(answer)
+
+    def ask(request: Request) -> None:
+        tokens = TokenRequest(request[0], request[1], stop_ids=stop_ids)
+        loop.submit(tokens, partial(sink, Answer(request)))
+
+    for request in islice(waiting, streams):
+        ask(request)
+    while len(done) < len(requests):
+        done.append(over.get())
+        for request in islice(waiting, 1):
+            ask(request)
+    return done
+
+
+def alone(bundle: Path, streams: int, requests: list[Request]) -> None:
+    """Print the bare loop's answers, got one at a time, then a load on it for every line that is read."""
     session = open_bundle(bundle)
-    answers: dict[Job, list[int]] = {}
     with ServingLoop(session, Limits(sequences=streams)) as loop:
-
-        def ask(_: int, job: Job) -> Outcome:
-            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-            started = time.perf_counter()
-            request = TokenRequest(job[0], job[1], stop_ids=session.config.eos_token_id)
-            loop.submit(request, events.put)
-            ids: list[int] = []
-            first = 0.0
-            while isinstance(event := events.get(), Tokens):
-                first = first or time.perf_counter() - started
-                ids += event.token_ids
-            return ids, first
-
-        for job in jobs:  # one at a time: what the others are compared with
-            answers[job] = ask(0, job)[0]
-        print(json.dumps([answers[job] for job in jobs]), flush=True)
+        ask = partial(through_loop, loop, tuple(session.config.eos_token_id))
+        kinds = list(dict.fromkeys(requests))
+        answers = {answer.request: answer.token_ids for answer in ask(1, kinds)}
+        print(json.dumps([answers[request] for request in kinds]), flush=True)
         while sys.stdin.readline():
-            print(json.dumps(vars(closed_loop(ask, jobs, streams, seconds, answers))), flush=True)
+            load = measured(partial(ask, streams), requests, answers, {"loop": os.getpid()})
+            print(json.dumps(vars(load)), flush=True)
 
 
-class GrpcClients:
-    """One gRPC stream for each client, kept open."""
+class Clients:
+    """Clients of a server on one thread, each with a connection and a stream that stay open."""
 
-    def __init__(self, address: str, streams: int, stream: bool) -> None:
-        import tritonclient.grpc as triton
+    def __init__(self, events: asyncio.AbstractEventLoop, address: str, streams: int, stream: bool) -> None:
+        from tritonclient.grpc import service_pb2
 
-        self._triton = triton
+        self._aio = import_module("grpc.aio")
+
+        self._messages = service_pb2
         self._stream = stream
-        self._queues: list[queue.SimpleQueue[tuple[Any, Any]]] = []
-        self._clients = []
-        for _ in range(streams):
-            self._queues.append(queue.SimpleQueue())
-            client = triton.InferenceServerClient(address)
-            put = self._queues[-1].put
-            client.start_stream(lambda result, error, put=put: put((result, error)))
-            self._clients.append(client)
+        self._made: dict[Request, bytes] = {}
+        self._events = events
+        own = [("grpc.use_local_subchannel_pool", 1)]
 
-    def ask(self, number: int, job: Job) -> Outcome:
-        """One request over a client's stream."""
-        import numpy as np
+        async def connect() -> None:
+            self._channels = [self._aio.insecure_channel(address, options=own) for _ in range(streams)]
+            self._calls = [
+                channel.stream_stream(
+                    "/inference.GRPCInferenceService/ModelStreamInfer",
+                    response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+                )()
+                for channel in self._channels
+            ]
 
-        triton = self._triton
-        arrays = {
-            "input_ids": np.array([job[0]], np.int32),
-            "max_tokens": np.array([[job[1]]], np.int32),
-            "stream": np.array([[self._stream]]),
-        }
-        inputs = []
-        for name, array in arrays.items():
-            kind = "BOOL" if array.dtype == bool else "INT32"
-            inputs.append(triton.InferInput(name, list(array.shape), kind))
-            inputs[-1].set_data_from_numpy(array)
-        started = time.perf_counter()
-        self._clients[number].async_stream_infer(
-            "step35", inputs, outputs=[triton.InferRequestedOutput("output_ids")],
-            enable_empty_final_response=True,
-        )  # fmt: skip
-        ids: list[int] = []
-        first = 0.0
+        self._events.run_until_complete(connect())
+
+    def ask(self, requests: list[Request]) -> list[Answer]:
+        """A load on the server."""
+        for request in requests:
+            self._made[request] = self._message(request)
+        waiting, done = iter(requests), list[Answer]()
+
+        async def client(call: Any) -> None:
+            for request in waiting:
+                await call.write(self._made[request])
+                done.append(await self._answer(call, Answer(request)))
+
+        async def clients() -> None:
+            await asyncio.gather(*map(client, self._calls))
+
+        self._events.run_until_complete(clients())
+        return done
+
+    async def _answer(self, call: Any, answer: Answer) -> Answer:
         while True:
-            result, error = self._queues[number].get()
-            if error is not None:
-                raise error
-            response = result.get_response()
+            reply = await call.read()
+            if reply.error_message:
+                raise SystemExit(reply.error_message)
+            response = reply.infer_response
             for raw in response.raw_output_contents:
-                first = first or time.perf_counter() - started
-                ids += np.frombuffer(raw, np.int32).tolist()
+                answer.take(np.frombuffer(raw, np.int32).tolist())
             if response.parameters["triton_final_response"].bool_param:
-                return ids, first
+                return answer
+
+    def _message(self, request: Request) -> bytes:
+        made = self._messages.ModelInferRequest(model_name="step35")
+        made.parameters["triton_enable_empty_final_response"].bool_param = True
+        made.outputs.add(name="output_ids")
+        for name, kind, array in (
+            ("input_ids", "INT32", np.array([request[0]], np.int32)),
+            ("max_tokens", "INT32", np.array([[request[1]]], np.int32)),
+            ("stream", "BOOL", np.array([[self._stream]])),
+        ):
+            made.inputs.add(name=name, datatype=kind, shape=array.shape)
+            made.raw_input_contents.append(array.tobytes())
+        message: bytes = made.SerializeToString()
+        return message
 
     def close(self) -> None:
         """End the streams."""
-        for client in self._clients:
-            client.stop_stream()
+
+        async def end() -> None:
+            for call in self._calls:
+                await call.done_writing()
+                assert await call.read() is self._aio.EOF
+                await call.code()
+            for channel in self._channels:
+                await channel.close()
+
+        self._events.run_until_complete(end())
 
 
-def make_jobs(bundle: Path) -> list[Job]:
+def make_requests(bundle: Path, count: int) -> list[Request]:
     """Prompts with answers of different lengths."""
     text = load_text(bundle, required=True)
     assert text is not None
-    return [(tuple(text.encode(p)), 32 + 16 * (i % 5)) for i, p in enumerate(PROMPTS * 3)]
+    kinds = [(tuple(text.encode(p)), 32 + 16 * (i % 5)) for i, p in enumerate(PROMPTS * 3)]
+    return list(islice(cycle(kinds), count))
 
 
-def server(python: str, bundle: Path, streams: int, folder: Path) -> Iterator[None]:
-    """A running server."""
+@dataclass(frozen=True)
+class Running:
+    """A server: its process and where its gRPC is."""
+
+    process: int
+    address: str
+
+
+@contextmanager
+def server(python: str, bundle: Path, streams: int, folder: Path) -> Iterator[Running]:
+    """A server that runs within the context."""
     repository, log = folder / "repository", folder / "log"
     write_repository(bundle, repository, streams)
+    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
     line = [python, "-m", "step35_trt", "serve", str(repository)]
-    for name, port in PORTS.items():
+    for name, port in ports.items():
         line += [f"--{name}-port", str(port)]
     with log.open("wb") as stream:
         process = subprocess.Popen(line, stdout=stream, stderr=stream)
@@ -210,72 +294,105 @@ def server(python: str, bundle: Path, streams: int, folder: Path) -> Iterator[No
             if process.poll() is not None:
                 raise SystemExit(log.read_text())
             try:
-                connection = HTTPConnection("127.0.0.1", PORTS["http"])
+                connection = HTTPConnection("127.0.0.1", ports["http"])
                 connection.request("GET", "/v2/health/ready")
                 if connection.getresponse().status == 200:
                     break
             except OSError:
                 pass
             time.sleep(0.2)
-        yield
+        yield Running(process.pid, f"127.0.0.1:{ports['grpc']}")
     finally:
         process.terminate()
         process.wait(60)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody uses."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.in_process:
-        in_process(options.bundle, options.streams, options.seconds)
+    requests = make_requests(options.bundle, options.requests)
+    if options.alone:
+        alone(options.bundle, options.streams, requests)
         return
     python = os.environ.get("STEP35_SERVER_PYTHON", sys.executable)
-    line = [python, "-m", "benchmarks.server", str(options.bundle), "--in-process"]
-    line += ["--streams", str(options.streams), "--seconds", str(options.seconds)]
-    jobs = make_jobs(options.bundle)
+    line = [python, "-m", "benchmarks.server", str(options.bundle), "--alone"]
+    line += ["--streams", str(options.streams), "--requests", str(options.requests)]
     with (
         tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alone,
-        contextmanager(server)(python, options.bundle, options.streams, Path(folder)),
+        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as offline,
+        server(python, options.bundle, options.streams, Path(folder)) as running,
     ):
-        assert alone.stdin is not None
-        assert alone.stdout is not None
-        expected = dict(zip(jobs, json.loads(alone.stdout.readline()), strict=True))
-        loads: dict[str, list[Load]] = {"serving loop alone": []}
+        assert offline.stdin is not None
+        assert offline.stdout is not None
+        expected = dict(zip(dict.fromkeys(requests), json.loads(offline.stdout.readline()), strict=True))
+        events = asyncio.new_event_loop()
         clients = {
-            name: GrpcClients(f"127.0.0.1:{PORTS['grpc']}", options.streams, stream)
+            name: Clients(events, running.address, options.streams, stream)
             for name, stream in (("server, whole answers", False), ("server, streaming", True))
         }
+        processes = {"server": running.process, "clients": os.getpid()}
+
+        def without() -> Load:
+            print(file=offline.stdin, flush=True)
+            assert offline.stdout is not None
+            return Load(**json.loads(offline.stdout.readline()))
+
+        bare = [without()]
+        served: dict[str, list[Load]] = {name: [] for name in clients}
         for _ in range(options.rounds):
-            print(file=alone.stdin, flush=True)
-            loads["serving loop alone"].append(Load(**json.loads(alone.stdout.readline())))
-            for name, ask in clients.items():
-                load = closed_loop(ask.ask, jobs, options.streams, options.seconds, expected)
-                loads.setdefault(name, []).append(load)
-        for client in clients.values():
-            client.close()
-        alone.stdin.close()
-    rounds = f"{options.rounds} rounds of {options.seconds:.0f} s"
-    print(f"{options.streams} clients, {rounds}, {os.cpu_count()} cores")
-    for name, taken in loads.items():
-        show(name, taken, loads["serving loop alone"])
-
-
-def show(name: str, loads: list[Load], alone: list[Load]) -> None:
-    """One line of the report: medians over the rounds, and of the ratios within a round."""
-    rate = median(load.rate for load in loads)
-    ratio = median(load.rate / other.rate for load, other in zip(loads, alone, strict=True))
-    first = median(load.first for load in loads)
-    later = median(load.first - other.first for load, other in zip(loads, alone, strict=True))
+            for name, one in clients.items():
+                served[name].append(measured(one.ask, requests, expected, processes))
+                bare.append(without())
+        for one in clients.values():
+            one.close()
+        offline.stdin.close()
     print(
-        f"{name:22} {rate:6.0f} tokens/s ({ratio:.2f}x), first token after {first * 1e3:.1f} ms "
-        f"({later * 1e3:+.1f} ms), {sum(load.answers for load in loads)} answers, "
-        f"{sum(load.wrong for load in loads)} wrong"
+        f"{options.rounds} rounds of {options.requests} requests, {options.streams} at a time, "
+        f"{os.cpu_count()} cores"
+    )
+    show("serving loop alone", bare)
+    for turn, (name, loads) in enumerate(served.items()):
+        around = list(pairwise(bare))[turn :: len(served)]
+        show(name, loads)
+        compare(loads, around)
+
+
+def show(name: str, loads: list[Load]) -> None:
+    """A line of the report: medians over the rounds."""
+    rates = sorted(load.rate for load in loads)
+    busy = ", ".join(f"{who} {median(load.busy[who] for load in loads):.2f}" for who in loads[0].busy)
+    first = median(load.first for load in loads) * 1e3
+    answers, wrong = sum(load.answers for load in loads), sum(load.wrong for load in loads)
+    print(
+        f"{name:22} {median(rates):5.0f} tokens/s ({rates[0]:.0f} to {rates[-1]:.0f}), first token after "
+        f"{first:.0f} ms, {answers} answers, {wrong} wrong; busy cores: {busy}"
+    )
+
+
+def compare(loads: list[Load], around: list[tuple[Load, Load]]) -> None:
+    """A line of the report: loads of the server and those of the bare loop before and after each."""
+    pairs = list(zip(loads, around, strict=True))
+    ratios = sorted(load.rate / mean((before.rate, after.rate)) for load, (before, after) in pairs)
+    later = median(load.first - mean((before.first, after.first)) for load, (before, after) in pairs)
+    print(
+        f"{'':22} {median(ratios):.2f} of the loop alone ({ratios[0]:.2f} to {ratios[-1]:.2f}), first token "
+        f"{later * 1e3:+.0f} ms (a whole answer's first token comes with the last)"
     )
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from step35_trt.errors import Step35Error
+from step35_trt.runtime.answer_text import AnswerText
 from step35_trt.runtime.requests import Failed, Finished, Tokens
-from step35_trt.runtime.text import AnswerText
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +43,10 @@ class Responder(Protocol):
         """Send an error; nothing follows it."""
         ...
 
+    def wants(self, output: str) -> bool:
+        """Whether the client asked for an output."""
+        ...
+
     def cancelled(self) -> bool:
         """Whether nobody waits for the answer any more."""
         ...
@@ -67,7 +71,9 @@ class Answer:
         self._wanted = wanted
         self._responder = responder
         self._ready = ready
-        self._text = None if text is None else AnswerText(text, wanted.stop_strings)
+        # Decoding an answer takes as long as the rest of its responses together.
+        decoded = bool(wanted.stop_strings) or responder.wants("text_output")
+        self._text = AnswerText(text, wanted.stop_strings) if text is not None and decoded else None
         self._prefix = wanted.prefix
         self._events: deque[Event] = deque()
         self._announced = False  # to be delivered, sooner or later

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 PRIORITY_LEVELS, DEFAULT_PRIORITY = 3, 2
 QUEUE_SIZE = 1024  # requests of each priority that wait in Triton
 QUEUE_SECONDS = 600  # a request's own time-out can only be shorter
+# Where Triton's queue has priorities or time-outs, its batcher does not notice a request that comes while the
+# one before is being handed over, until the next one comes or half a second has passed (its source:
+# DynamicBatchScheduler::WaitForPayloadSlotAvailable). So those that come together are gathered first.
+GATHER_MICROSECONDS = 5_000
+GATHERED = 16
 
 _ENGINE = """\
 # The inputs are optional, but a request has either text_input or input_ids.
 name: {name}
 backend: "python"
-max_batch_size: 1
+
+# So many requests are handed over together; a request with a batch of its own is an error.
+max_batch_size: {gathered}
 
 # A request has one response, or with stream several.
 model_transaction_policy {{ decoupled: true }}
@@ -28,6 +35,7 @@ model_transaction_policy {{ decoupled: true }}
 # The engine makes its batches itself, step by step. Triton's batcher is here for its queue: it holds the
 # requests that find no room in the engine, in order of priority (1 first), until their time is up.
 dynamic_batching {{
+  max_queue_delay_microseconds: {gather}
   priority_levels: {levels}
   default_priority_level: {default}
   default_queue_policy {{
@@ -82,13 +90,15 @@ def engine_config(name: str, kind: str, parameters: Mapping[str, str]) -> str:
     )
     return _ENGINE.format(
         name=json.dumps(name),
+        gathered=GATHERED,
+        gather=GATHER_MICROSECONDS,
         levels=PRIORITY_LEVELS,
         default=DEFAULT_PRIORITY,
         microseconds=QUEUE_SECONDS * 1_000_000,
         queue=QUEUE_SIZE,
         kind=kind,
         parameters=shown,
-        inputs=_tensors("input", INPUTS, optional=True),
+        inputs=_tensors("input", INPUTS, " optional: true", " allow_ragged_batch: true"),
         outputs=_tensors("output", OUTPUTS),
     )
 
@@ -111,15 +121,16 @@ def tokens_config(name: str, engine: str) -> str:
     return _TOKENS.format(
         name=json.dumps(name),
         engine=json.dumps(engine),
-        inputs=_tensors("input", required) + "\n" + _tensors("input", optional, optional=True),
+        inputs=_tensors("input", required) + "\n" + _tensors("input", optional, " optional: true"),
         outputs=_tensors("output", outputs),
         maps="\n".join(maps),
     )
 
 
-def _tensors(field: str, tensors: Sequence[Tensor], *, optional: bool = False) -> str:
-    end = " optional: true" if optional else ""
+def _tensors(field: str, tensors: Sequence[Tensor], ending: str = "", lists: str = "") -> str:
+    """Lines of a kind, each with an ending; those of any length with another one besides."""
     return "\n".join(
-        f'{field} {{ name: "{tensor.name}" data_type: TYPE_{tensor.kind} dims: {list(tensor.dims)}{end} }}'
+        f'{field} {{ name: "{tensor.name}" data_type: TYPE_{tensor.kind} dims: {list(tensor.dims)}'
+        f"{ending}{lists if tensor.dims == (-1,) else ''} }}"
         for tensor in tensors
     )

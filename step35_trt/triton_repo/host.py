@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Condition, Event, Lock, Semaphore, Thread
 from typing import TYPE_CHECKING
 
 from step35_trt.errors import Step35Error
-from step35_trt.triton_repo.answers import Answer
+from step35_trt.triton_repo.answers import Answer, CancelledError, TimedOutError
 from step35_trt.triton_repo.requests import parse, timeout_of
 
 if TYPE_CHECKING:
@@ -21,16 +21,46 @@ if TYPE_CHECKING:
     from step35_trt.runtime.text import Text
     from step35_trt.triton_repo.answers import Responder
     from step35_trt.triton_repo.limits import ServingLimits
-    from step35_trt.triton_repo.requests import Inputs
+    from step35_trt.triton_repo.requests import Inputs, Wanted
 
 REPORT_SECONDS = 0.5
 IDLE_SECONDS = 0.02
-WATCH_SHARE = 0.02  # of the time, at most, goes into asking whether clients are still there
+FULL_SECONDS = 0.05
+# Each client is asked so often whether it is still there, unless that takes more than a share of the time.
+WATCH_SECONDS = 0.4
+WATCH_SHARE = 0.05
 # And so much into responses of running streams. A response costs a server about a millisecond whatever is in
 # it, so under load they become longer and fewer instead of slowing the steps down.
 STREAM_SHARE = 0.1
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request as the server hands it over.
+
+    Attributes:
+        inputs: Tensors by name.
+        parameters: Of the request.
+        timeout: Microseconds for the answer, 0 for no limit.
+        responder: The client.
+    """
+
+    inputs: Inputs
+    parameters: Mapping[str, object]
+    timeout: int
+    responder: Responder
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A checked request before there is room for it."""
+
+    wanted: Wanted
+    seconds: float | None
+    since: float
+    responder: Responder
 
 
 class Outbox:
@@ -46,8 +76,10 @@ class Outbox:
     def put(self, answer: Answer, urgent: bool) -> None:
         """An answer has something to send."""
         with self._changed:
-            (self._urgent if urgent else self._other).append(answer)
-            self._changed.notify()
+            answers = self._urgent if urgent else self._other
+            answers.append(answer)
+            if urgent or len(answers) == 1:  # for further ones that can wait a time is set already
+                self._changed.notify()
 
     def get(self) -> Answer | None:
         """The next answer to deliver; None when there is none left after `close`."""
@@ -112,34 +144,54 @@ class Host:
         for thread in self._threads:
             thread.start()
 
-    def submit(
-        self, inputs: Inputs, parameters: Mapping[str, object], timeout: int, responder: Responder
-    ) -> None:
-        """Answer a request through `responder`; whatever is wrong with it goes there too.
+    def submit(self, arrivals: Sequence[Arrival]) -> None:
+        """Answer requests, in this order; whatever is wrong with one goes to its client.
 
-        Waits while as many requests are open as the limits allow: the server's queue holds the others.
-
-        Args:
-            inputs: Tensors by name.
-            parameters: Of the request.
-            timeout: Microseconds for the answer from here on; 0 for no limit.
-            responder: The client.
+        Waits while as many requests are open as the limits allow: the server's queue holds the others. A
+        request's time, and its client's patience, may be over before there is room; from then on the time
+        counts anew.
         """
+        read = [self._read(arrival) for arrival in arrivals]
+        waiting = [one for one in read if one is not None]
+        while waiting:
+            if self._room.acquire(timeout=FULL_SECONDS):
+                self._begin(waiting.pop(0))
+            else:
+                waiting = [one for one in waiting if self._still_wanted(one)]
+
+    def _read(self, arrival: Arrival) -> _Waiting | None:
+        """A request if it is one."""
         try:
-            seconds = timeout_of(timeout, parameters)
-            wanted = parse(inputs, parameters, self._text, self._stop_ids, self._limits)
+            seconds = timeout_of(arrival.timeout, arrival.parameters)
+            wanted = parse(arrival.inputs, arrival.parameters, self._text, self._stop_ids, self._limits)
         except Step35Error as error:
-            responder.fail(error)
-            return
-        answer = Answer(wanted, self._text, responder, self._outbox.put)
-        self._room.acquire()
+            arrival.responder.fail(error)
+            return None
+        except Exception as error:  # the others are not to blame
+            arrival.responder.fail(Step35Error(f"{type(error).__name__}: {error}"))
+            return None
+        return _Waiting(wanted, seconds, time.monotonic(), arrival.responder)
+
+    def _still_wanted(self, one: _Waiting) -> bool:
+        """Whether a request may go on waiting for room."""
+        if one.seconds is not None and time.monotonic() >= one.since + one.seconds:
+            one.responder.fail(TimedOutError("the request's time was up before there was room for it"))
+            return False
+        if one.responder.cancelled():
+            one.responder.fail(CancelledError("the request was cancelled"))
+            return False
+        return True
+
+    def _begin(self, one: _Waiting) -> None:
+        """Run a request that there is room for."""
+        answer = Answer(one.wanted, self._text, one.responder, self._outbox.put)
         with self._lock:
             self._open.add(answer)
         try:
-            answer.handle = self._loop.submit(replace(wanted.tokens, timeout=seconds), answer.put)
+            answer.handle = self._loop.submit(replace(one.wanted.tokens, timeout=one.seconds), answer.put)
         except Step35Error as error:
             self._close(answer)
-            responder.fail(error)
+            one.responder.fail(error)
             return
         if answer.text_stopped:  # before there was a handle to cancel
             answer.handle.cancel()
@@ -183,7 +235,9 @@ class Host:
                     answer.watch()
                 except Exception:
                     _log.exception("a request could not be asked for its state")
-                self._ending.wait((time.perf_counter() - started) * (1 / WATCH_SHARE - 1))
+                took = time.perf_counter() - started
+                pace = min(WATCH_SECONDS / len(answers), IDLE_SECONDS)
+                self._ending.wait(max(pace, took * (1 / WATCH_SHARE - 1)))
             if time.monotonic() - reported >= REPORT_SECONDS:
                 self._report(self._loop.metrics())
                 reported = time.monotonic()

@@ -69,6 +69,9 @@ def parse(
     """
     if unknown := sorted(set(parameters) - _KNOWN):
         raise UsageError(f"{unknown[0]} is no input of this model")
+    for name, array in inputs.items():
+        if array.ndim > 1 and len(array) != 1:
+            raise UsageError(f"{name} is a batch of {len(array)}: send one request for each")
     for name, value in ONLY.items():
         if (given := _one(inputs, name)) is not None and given != value:
             raise UsageError(f"{name} {given} is not supported, only {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,36 @@ def test_answers_of_many_streams_at_once_are_those_of_each_alone(served: Served,
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(ask, wanted))
     assert answers == [(e.text, e.token_ids) for e in expected]
+
+
+def test_requests_that_come_at_once_are_handed_over_together(served: Served, offline: Offline) -> None:
+    """Of different lengths and with different inputs, among them one that is refused."""
+    before = executions(served)
+    wanted: list[dict[str, object]] = [
+        {"text_input": prompt, "max_tokens": 6 + turn} for turn in range(3) for prompt in PROMPTS
+    ]
+    wanted[4] = {**wanted[4], "max_tokens": -1}
+    wanted[7] = {"input_ids": offline.text.encode(PROMPT), "max_tokens": 9}
+
+    def ask(fields: dict[str, object]) -> list[int]:
+        try:
+            return joined(list(Stream(served.grpc, **fields)))[1]
+        except Exception:
+            return []
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        answers = list(pool.map(ask, wanted))
+    wanted[7] = {"text_input": PROMPT, "max_tokens": 9}
+    for place, (fields, ids) in enumerate(zip(wanted, answers, strict=True)):
+        prompt, tokens = str(fields["text_input"]), int(str(fields["max_tokens"]))
+        assert ids == ([] if place == 4 else offline.answer(prompt, tokens).token_ids)
+    assert executions(served) - before < len(wanted)
+
+
+def executions(served: Served) -> int:
+    """How often the server has handed something over."""
+    body = json.loads(served.get("/v2/models/step35/stats")[1])
+    return int(body["model_stats"][0]["execution_count"])
 
 
 def test_a_seed_repeats_an_answer(served: Served) -> None:

@@ -88,6 +88,7 @@ def test_a_wrong_type_or_shape_is_the_servers_error(served: Served) -> None:
         ("temperature", "FP64", np.array([[0.5]])),
         ("text_input", "INT32", np.array([[1]], dtype=np.int32)),
         ("max_tokens", "INT32", np.array([[4, 5]], dtype=np.int32)),
+        ("input_ids", "INT32", np.array([[4, 5], [6, 7]], dtype=np.int32)),
     ):
         wrong = triton.InferInput(name, list(array.shape), kind)
         wrong.set_data_from_numpy(array)

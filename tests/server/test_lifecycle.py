@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from step35_trt.triton_repo.host import REPORT_SECONDS
 from step35_trt.triton_repo.write import write_repository
 from tests.server.served import Served, Stream, joined
 
@@ -20,6 +21,7 @@ LONG = {"text_input": "def read(self, size=-1):", "max_tokens": 1500, "end_id": 
 
 
 def test_cancelling_a_stream_frees_its_sequence(served: Served) -> None:
+    time.sleep(3 * REPORT_SECONDS)  # what other tests did is on the page
     cancelled = served.metric("step35_requests", "cancelled")
     stream = Stream(served.grpc, **LONG, stream=True)
     next(iter(stream))
@@ -29,6 +31,7 @@ def test_cancelling_a_stream_frees_its_sequence(served: Served) -> None:
 
 
 def test_a_client_that_vanishes_costs_nothing(served: Served, offline: Offline) -> None:
+    time.sleep(3 * REPORT_SECONDS)
     cancelled = served.metric("step35_requests", "cancelled")
     generated = served.metric("step35_tokens", "generated")
     connections = []

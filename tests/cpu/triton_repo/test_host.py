@@ -20,7 +20,7 @@ from step35_trt.runtime.sampling import SamplingParams
 from step35_trt.runtime.serving import ServingLoop
 from step35_trt.runtime.text import Text
 from step35_trt.triton_repo.answers import CancelledError, TimedOutError
-from step35_trt.triton_repo.host import Host
+from step35_trt.triton_repo.host import Arrival, Host
 from step35_trt.triton_repo.limits import ServingLimits
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ PROMPT = "def read(self, size=-1):"
 class Client:
     """Keeps what it is sent; notices what a server would die of."""
 
-    def __init__(self, *, breaks: bool = False) -> None:
+    def __init__(self, *, breaks: bool = False, text: bool = True) -> None:
+        self.reads_text = text
         self.sent: list[dict[str, Any]] = []
         self.error: Step35Error | None = None
         self.over = threading.Event()
@@ -55,6 +56,9 @@ class Client:
         assert not self.over.is_set()
         self.error = error
         self.over.set()
+
+    def wants(self, output: str) -> bool:
+        return self.reads_text or output != "text_output"
 
     def cancelled(self) -> bool:
         self.asked_too_late |= self.over.is_set()
@@ -90,10 +94,14 @@ class Served:
 
     def ask(self, client: Client | None = None, timeout: int = 0, **inputs: Any) -> Client:
         client = client or Client()
-        arrays = {name: np.array([[value]]) for name, value in inputs.items() if name != "prompt"}
-        arrays["text_input"] = np.array([[inputs.get("prompt", PROMPT).encode()]], dtype=object)
-        self.host.submit(arrays, {}, timeout, client)
+        self.host.submit([arrival(client, timeout, **inputs)])
         return client
+
+
+def arrival(client: Client, timeout: int = 0, **inputs: Any) -> Arrival:
+    arrays = {name: np.array([[value]]) for name, value in inputs.items() if name != "prompt"}
+    arrays["text_input"] = np.array([[inputs.get("prompt", PROMPT).encode()]], dtype=object)
+    return Arrival(arrays, {}, timeout, client)
 
 
 @pytest.fixture
@@ -154,6 +162,44 @@ def test_no_room_makes_the_server_wait(session: Session, text: Text) -> None:
     served.host.stop()
 
 
+def test_who_waits_for_room_may_run_out_of_time_or_leave(session: Session, text: Text) -> None:
+    ids = expected(session, text, PROMPT, 5)
+    served = Served(session, text, sequences=1, ahead=0)
+    blocker = served.ask(max_tokens=1500, end_id=-1, stream=True)
+    late, gone, bad, patient = Client(), Client(), Client(), Client()
+    gone.gone = True
+    together = [
+        arrival(patient, max_tokens=5),
+        arrival(late, 60_000, max_tokens=5),
+        arrival(gone, max_tokens=5),
+        arrival(bad, max_tokens=-5),
+    ]
+    waiting = threading.Thread(target=served.host.submit, args=[together])
+    waiting.start()
+    assert late.over.wait(10)
+    assert isinstance(late.error, TimedOutError)
+    assert gone.over.wait(10)
+    assert isinstance(gone.error, CancelledError)
+    assert isinstance(bad.error, UsageError)
+    assert not patient.over.is_set()
+    blocker.gone = True
+    assert patient.over.wait(10)
+    waiting.join(10)
+    assert patient.ids == ids
+    served.host.stop()
+
+
+def test_text_is_decoded_for_those_who_read_it(session: Session, text: Text) -> None:
+    served = Served(session, text)
+    reader, other = served.ask(max_tokens=12), served.ask(Client(text=False), max_tokens=12)
+    assert reader.over.wait(10)
+    assert other.over.wait(10)
+    served.host.stop()
+    assert reader.ids == other.ids
+    assert reader.text == text.decode(reader.ids)
+    assert "text_output" not in other.sent[0]
+
+
 def test_a_client_that_goes_frees_its_sequence(served: Served) -> None:
     client = served.ask(max_tokens=1500, end_id=-1, stream=True)
     while not client.sent:
@@ -185,7 +231,7 @@ def test_time_and_stop_words_end_a_request(served: Served, session: Session, tex
         "stop_words": np.array([[b"the"]], dtype=object),
         "max_tokens": np.array([[60]]),
     }
-    served.host.submit(arrays, {}, 0, answer)
+    served.host.submit([Arrival(arrays, {}, 0, answer)])
     assert answer.over.wait(10)
     assert answer.sent[-1]["finish_reason"].item() == b"stop"
     assert "the" not in answer.text
@@ -198,7 +244,7 @@ def test_an_error_goes_to_its_client_and_to_nobody_else(served: Served) -> None:
     assert good.over.wait(10)
     assert good.error is None
     out_of_vocabulary = Client()
-    served.host.submit({"input_ids": np.array([[10**6]])}, {}, 0, out_of_vocabulary)
+    served.host.submit([Arrival({"input_ids": np.array([[10**6]])}, {}, 0, out_of_vocabulary)])
     assert out_of_vocabulary.over.wait(10)
     assert isinstance(out_of_vocabulary.error, UsageError)
 

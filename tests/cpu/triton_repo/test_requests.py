@@ -80,6 +80,8 @@ def test_everything_that_is_said_arrives() -> None:
         ({"text_input": strings("a" * (16 * 64 + 1))}, "bytes"),
         ({"text_input": strings("a b " * 60)}, "tokens"),
         ({"input_ids": np.array([[]], dtype=np.int32)}, "empty"),
+        ({"input_ids": np.array([[1, 2], [3, 4]])}, "batch of 2"),
+        ({"text_input": np.array([[b"a"], [b"b"]], dtype=object)}, "batch of 2"),
         ({"input_ids": np.array([[1, 2]]), "input_lengths": 3}, "input_lengths"),
         ({"input_ids": np.array([[1, 2]]), "input_lengths": 0}, "input_lengths"),
         ({"text_input": strings("a"), "max_tokens": 65}, "max_tokens"),

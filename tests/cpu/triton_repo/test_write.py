@@ -70,6 +70,9 @@ def test_triton_reads_the_configuration(bundle: Path, tmp_path: Path) -> None:
     assert engine.dynamic_batching.default_queue_policy.allow_timeout_override
     assert [t.name for t in engine.input] == [t.name for t in INPUTS]
     assert all(t.optional for t in engine.input)
+    # Requests that are handed over together may have inputs of different lengths, else they would not be.
+    assert engine.max_batch_size > 1
+    assert {t.name for t in engine.input if t.allow_ragged_batch} == {t.name for t in INPUTS if -1 in t.dims}
     assert [t.name for t in engine.output] == [t.name for t in OUTPUTS]
     assert {t.name for t in tokens.input if not t.optional} == set(TOKEN_REQUIRED)
     kinds = {t.name: (t.data_type, list(t.dims)) for t in (*engine.input, *engine.output)}
