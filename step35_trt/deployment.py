@@ -7,15 +7,14 @@ speak of the same segments, kernels and forms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from step35_trt.dialects.tensorrt_segment import Profile, profiles
 from step35_trt.errors import CorruptInputError, UnsupportedError, UsageError
-from step35_trt.gpu_weights import deployed_forms
+from step35_trt.gpu_forms import deployed_forms
 from step35_trt.kernels.targets import gpu_target
 from step35_trt.lower import ModelPrograms
-from step35_trt.plan import coding
+from step35_trt.plan import weight_cost
 from step35_trt.plan.splits import Shares
 from step35_trt.program import SteppedProgram
 from step35_trt.sharing import Sharing
@@ -108,19 +107,14 @@ class Deployment:
         return gpu_target("sm_" + self.capability.replace(".", ""))
 
     def kernels(self) -> list[KernelVariant]:
-        """The kernels that the experts' formats and the recipe's cache ask for.
+        """The kernels that the experts' formats, the recipe's cache and the segments ask for.
 
-        A rank's kernels know the heads and the experts that it holds; only the choice among experts sees all
-        of them.
+        A rank's kernels know the heads and the experts that it holds, and how many experts there are.
 
         Raises:
-            UnsupportedError: Triton is not installed, or there are none for this GPU, cache or shapes.
+            UnsupportedError: there are none for this GPU, cache or shapes.
         """
-        if find_spec("triton") is None:
-            raise UnsupportedError(
-                "Triton, which compiles the kernels, is not installed", "pip install 'step35-trt[kernels]'"
-            )
-        from step35_trt.kernels.catalogue import deployment
+        from step35_trt.kernels import catalogue
 
         if self.recipe.kv_cache not in PAGES:
             raise UnsupportedError(
@@ -131,14 +125,14 @@ class Deployment:
         others = {kind for kind in PAGES if kind != self.recipe.kv_cache}
         formats = {None, *self.experts.values()}
         own = self.sharing.config(self.config)
-        choosing = own.model_copy(update={"moe_num_experts": self.config.moe_num_experts})
-        both = (deployment(config, self.target) for config in (choosing, own))
-        return [
+        whole = own.model_copy(update={"moe_num_experts": self.config.moe_num_experts})
+        plugins = [
             variant
-            for variant in (a if a.module == "routing" else b for a, b in zip(*both, strict=True))
+            for variant in catalogue.deployment(whole, self.target, held=own.moe_num_experts)
             if variant.constants.get("FORMAT") in formats
             and not (variant.plugin == "gated_attention" and others & set(variant.name.split("-")))
         ]
+        return plugins + catalogue.dense([self.programs])
 
 
 def sharing_of(config: Step35Config, recipe: Recipe, spec: EngineSpec) -> Sharing:
@@ -149,7 +143,7 @@ def sharing_of(config: Step35Config, recipe: Recipe, spec: EngineSpec) -> Sharin
     """
     if spec.devices == 1:
         return Sharing()
-    shares = Shares.of(config, spec.parallelism, spec.devices, coding.of_recipe(recipe, cpu=False))
+    shares = Shares.of(config, spec.parallelism, spec.devices, weight_cost.of_recipe(recipe, cpu=False))
     ways: dict[Part, Way] = {}
     for split in shares.splits:
         # What an engine names are its own parts, never the published format that plans add for comparison.

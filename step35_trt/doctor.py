@@ -24,7 +24,9 @@ PACKAGES = {
     "torch": "verify and logits on a checkpoint",
     "nvidia-modelopt": "calibrated quantisation",
     "triton": "GPU kernels compiled ahead of time",
-    "tensorrt-rtx-cu13": "engines for DGX Spark",
+    "tensorrt-rtx-cu13": "engines for DGX Spark: builds and runs them",
+    "tensorrt": "engines for Hopper: finishes and runs them",
+    "cuda-bindings": "launches the kernels of GPU bundles",
 }
 
 

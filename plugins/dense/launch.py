@@ -1,6 +1,6 @@
 """Dense algebra on torch tensors: checks, tilings, launches. Nothing waits for the device.
 
-On CUDA tensors the kernels run on the GPU; on CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`).
+Who carries launches out decides where kernels run; by default Triton does (`step35_trt.kernels.jit`).
 """
 
 from __future__ import annotations
@@ -9,28 +9,34 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import triton
+
+from step35_trt.kernels.jit import JIT
+from step35_trt.kernels.launching import KernelLaunch
 
 from ..sparse_moe import pack
 from ..sparse_moe.weights import DTYPES, Matrix, expect
-from . import linear as products
-from . import rows
+from .geometry import (
+    BLOCK,
+    GATE_WARPS,
+    KERNELS,
+    NORM_WARPS,
+    PLUGIN,
+    ROW_STAGES,
+    gate_constants,
+    norm_constants,
+    tiling,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FEW = 16  # tokens whose activations lie in one tile beside the weights
-# No measurement stands behind these tilings: of few rows and many splits, since one token's matrix has to be
-# read by all multiprocessors at once; of square tiles where tokens are many.
-FEW_ROWS, FEW_SPLITS, FEW_WARPS, FEW_STAGES = 16, 4, 4, 3
-# (tokens up to, rows, warps); of some tens of tokens a matrix is read as if they were few.
-TILES = ((128, 32, 4), (1 << 30, 128, 8))
-TOKENS, STAGES = 64, 3
-BLOCK_K = 128
-BLOCK = 1024
+    from step35_trt.kernels.launching import Launcher
+    from step35_trt.kernels.variant import Constant
 
 
-def linear(x: Tensor, matrix: Matrix, kind: pack.Format, shape: tuple[int, int]) -> Tensor:
+def linear(
+    x: Tensor, matrix: Matrix, kind: pack.Format, shape: tuple[int, int], launcher: Launcher = JIT
+) -> Tensor:
     """`[t, N]` bf16: `x [t, K]` bf16 times a matrix `[N, K]` stored as a stack of one (`sparse_moe/pack.py`).
 
     Raises:
@@ -45,58 +51,51 @@ def linear(x: Tensor, matrix: Matrix, kind: pack.Format, shape: tuple[int, int])
     if matrix.scales is not None:
         expect("scales", matrix.scales, (1, *scale_shape), scale_type, x.device)
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
-    scales = matrix.values if matrix.scales is None else matrix.scales
-    fixed = {"N": n, "K": k, "FORMAT": kind, "BLOCK_K": BLOCK_K}
-    fixed["INTERPRETED"] = triton.knobs.runtime.interpret
-    if 0 < t <= FEW:
-        columns = max(2, triton.next_power_of_2(t))
-        products.few_linear[(triton.cdiv(n, FEW_ROWS),)](
-            x,
-            matrix.values,
-            scales,
-            y,
-            t,
-            **fixed,
-            ROWS=FEW_ROWS,
-            TOKENS=columns,
-            SPLITS=FEW_SPLITS,
-            STAGES=FEW_STAGES,
-            num_warps=FEW_WARPS,
-            num_stages=FEW_STAGES,
-        )
-    elif t:
-        height, warps = next((height, warps) for most, height, warps in TILES if t <= most)
-        products.linear[triton.cdiv(n, height), triton.cdiv(t, TOKENS)](
-            x,
-            matrix.values,
-            scales,
-            y,
-            t,
-            **fixed,
-            ROWS=height,
-            TOKENS=TOKENS,
-            STAGES=STAGES,
-            num_warps=warps,
-            num_stages=STAGES,
+    if t:
+        chosen = tiling(t)
+        blocks = -(-n // chosen.rows), -(-t // chosen.tokens)
+        scales = matrix.values if matrix.scales is None else matrix.scales
+        _launch(
+            launcher,
+            chosen.kernel,
+            blocks[:1] if chosen.splits else blocks,
+            (x, matrix.values, scales, y, t),
+            chosen.constants(n, k, kind, interpreted=launcher.interpreted),
+            chosen.num_warps,
+            chosen.num_stages,
         )
     return y
 
 
-def rms_norm(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, gamma: Tensor, eps: float, launcher: Launcher = JIT) -> Tensor:
     """`x [t, D]` of any floating type, normed by row; `gamma [D]` fp32."""
-    expect("gamma", gamma, (x.shape[1],), torch.float32, x.device)
+    t, width = x.shape
+    expect("gamma", gamma, (width,), torch.float32, x.device)
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if len(x):
-        width = triton.next_power_of_2(x.shape[1])
-        rows.rms_norm[(len(x),)](x, gamma, y, D=x.shape[1], EPS=eps, BLOCK=width, num_warps=8)
+    if t:
+        fixed = norm_constants(width, eps)
+        _launch(launcher, "rms_norm", (t,), (x, gamma, y), fixed, NORM_WARPS, ROW_STAGES)
     return y
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """`min(silu(gate), limit) * clamp(up, -limit, limit)`; a limit of 0 is none."""
+def swiglu(gate: Tensor, up: Tensor, limit: float, launcher: Launcher = JIT) -> Tensor:
+    """`min(silu(gate), limit) * clamp(up, -limit, limit)` of `[t, width]`; a limit of 0 is none."""
     gate, up = gate.contiguous(), up.contiguous()
     expect("up", up, tuple(gate.shape), gate.dtype, gate.device)
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if count := gate.numel():
-        rows.swiglu[(triton.cdiv(count, BLOCK),)](gate, up, y, count, limit or math.inf, BLOCK=BLOCK)
+    (t, width), y = gate.shape, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if t:
+        arguments, fixed = (gate, up, y, float(limit or math.inf)), gate_constants(width)
+        _launch(launcher, "swiglu", (t, -(-width // BLOCK)), arguments, fixed, GATE_WARPS, ROW_STAGES)
     return y
+
+
+def _launch(
+    launcher: Launcher,
+    kernel: str,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | int | float, ...],
+    fixed: dict[str, Constant],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    launcher(KernelLaunch(PLUGIN, KERNELS[kernel], kernel, grid, arguments, fixed, num_warps, num_stages))

@@ -19,10 +19,14 @@ def rms_norm(x, gamma, y, D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def swiglu(gate, up, y, count, limit, BLOCK: tl.constexpr):
-    """`y [count]`; `limit` is infinite where there is none; the grid is `[blocks]`."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
+def swiglu(gate, up, y, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`y [t, WIDTH]`; `limit` is infinite where there is none; the grid is `[t, blocks]`.
+
+    Rows are masked one by one: of their width the compiler knows what vectors it divides into.
+    """
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + column
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + place, clipped_swiglu(g, u, limit).to(y.dtype.element_ty), mask=inside)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from step35_trt.kernels.tactics import Tactic
     from step35_trt.kernels.variant import Constant
 
+PLUGIN = "gated_attention"
 PAGE = 128  # rows of a page in a deployment: the widest tile of keys, so that a tile lies in one page
+QUERIES = 4  # new tokens of a sequence that a deployment decodes at most: a token and three drafts
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Geometry:
     rotary_dims: int
     eps: float
     page: int = PAGE
-    queries: int = 4
+    queries: int = QUERIES
 
     @classmethod
     def of(cls, layer: LayerSpec, eps: float, queries: int, page: int = PAGE) -> Geometry:

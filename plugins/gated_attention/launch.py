@@ -1,7 +1,6 @@
 """The plugin on torch tensors: checks, choice of tactics, launches.
 
-On CUDA tensors the kernels run on the GPU; on CPU tensors they run in Triton's interpreter, which has to be
-asked for (`TRITON_INTERPRET=1`) before the kernels are loaded.
+Who carries launches out decides where kernels run; by default Triton does (`step35_trt.kernels.jit`).
 """
 
 from __future__ import annotations
@@ -10,15 +9,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import decode, prefill, prepare, reduce
-from .geometry import Geometry, constants, tactic
+from step35_trt.kernels.jit import JIT
+from step35_trt.kernels.launching import KernelLaunch
+
+from .geometry import PLUGIN, Geometry, constants, tactic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from step35_trt.kernels.launching import Launcher
     from step35_trt.kernels.tactics import Tactic
+    from step35_trt.kernels.variant import Constant
 
     from .batch import Batch, PagedCache
 
@@ -42,6 +45,7 @@ def gated_attention(
     batch: Batch,
     geometry: Geometry,
     entries: Sequence[Tactic],
+    launcher: Launcher = JIT,
 ) -> Tensor:
     """Norm, rotary, cache write, causal (windowed) attention and one sigmoid gate a head.
 
@@ -60,6 +64,7 @@ def gated_attention(
         batch: Whose tokens these are.
         geometry: What the layer fixes.
         entries: The GPU's tactics.
+        launcher: Carries launches out.
 
     Returns:
         `[t, H*d]` of q's type.
@@ -69,8 +74,8 @@ def gated_attention(
         UnsupportedError: no tactic admits the geometry.
     """
     _check(q, k, v, gate, q_gamma, k_gamma, frequencies, cache, batch, geometry)
-    queries = write(q, k, v, q_gamma, k_gamma, frequencies, cache, batch, geometry, entries)
-    return attend(queries, gate, cache, batch, geometry, entries, torch.empty_like(q))
+    queries = write(q, k, v, q_gamma, k_gamma, frequencies, cache, batch, geometry, entries, launcher)
+    return attend(queries, gate, cache, batch, geometry, entries, torch.empty_like(q), launcher)
 
 
 def write(
@@ -84,13 +89,14 @@ def write(
     batch: Batch,
     geometry: Geometry,
     entries: Sequence[Tactic],
+    launcher: Launcher = JIT,
 ) -> Tensor:
     """The first half of `gated_attention`: fill the pages, return queries `[t, H, d]` in the compute type."""
     shape = len(q), geometry.query_heads, geometry.head_dim
     queries = torch.empty(shape, dtype=COMPUTE[cache.keys.dtype], device=q.device)
     chosen = tactic(entries, "prepare", geometry, _bits(cache))
     if batch.tokens:
-        prepare.prepare[batch.tokens, geometry.kv_heads](
+        arguments = (
             q,
             k,
             v,
@@ -107,9 +113,11 @@ def write(
             cache.keys,
             cache.values,
             cache.table.shape[1],
-            **constants("prepare", geometry, chosen.constants),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
+        )
+        launcher(
+            _launch(
+                "prepare", (batch.tokens, geometry.kv_heads), arguments, geometry, chosen.constants, chosen
+            )
         )
     return queries
 
@@ -122,12 +130,13 @@ def attend(
     geometry: Geometry,
     entries: Sequence[Tactic],
     out: Tensor,
+    launcher: Launcher = JIT,
 ) -> Tensor:
     """The second half: `out` `[t, H*d]`, fully written, from the pages and `write`'s queries."""
     if batch.decoded(geometry.queries)[0]:
-        _decode(queries, gate, cache, batch, geometry, entries, out)
+        _decode(queries, gate, cache, batch, geometry, entries, out, launcher)
     if any(length > geometry.queries for length in batch.lengths):
-        _prefill(queries, gate, cache, batch, geometry, entries, out)
+        _prefill(queries, gate, cache, batch, geometry, entries, out, launcher)
     return out
 
 
@@ -139,6 +148,7 @@ def _decode(
     geometry: Geometry,
     entries: Sequence[Tactic],
     out: Tensor,
+    launcher: Launcher,
 ) -> None:
     chosen = tactic(entries, "decode", geometry, _bits(cache))
     tiling = {name: int(chosen.constants[name] or 0) for name in ("BLOCK_N", "SPLITS", "LEAST")}
@@ -151,7 +161,7 @@ def _decode(
     if geometry.window:
         longest = min(longest, geometry.window + geometry.queries + tiling["BLOCK_N"])
     launched = min(splits, -(-longest // tiling["LEAST"]))
-    decode.decode[launched, geometry.kv_heads, sequences](
+    arguments = (
         queries,
         cache.keys,
         cache.values,
@@ -165,23 +175,14 @@ def _decode(
         partial,
         state,
         cache.table.shape[1],
-        **constants("decode", geometry, chosen.constants),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
     )
+    grid = launched, geometry.kv_heads, sequences
+    launcher(_launch("decode", grid, arguments, geometry, chosen.constants, chosen))
     if splits > 1:
         put = tactic(entries, "reduce", geometry, _bits(cache))
-        reduce.reduce[geometry.query_heads, most, sequences](
-            partial,
-            state,
-            gate,
-            batch.starts,
-            batch.offsets,
-            out,
-            **constants("reduce", geometry, {**put.constants, **tiling}),
-            num_warps=put.num_warps,
-            num_stages=put.num_stages,
-        )
+        grid = geometry.query_heads, most, sequences
+        sums = partial, state, gate, batch.starts, batch.offsets, out
+        launcher(_launch("reduce", grid, sums, geometry, {**put.constants, **tiling}, put))
 
 
 def _prefill(
@@ -192,10 +193,11 @@ def _prefill(
     geometry: Geometry,
     entries: Sequence[Tactic],
     out: Tensor,
+    launcher: Launcher,
 ) -> None:
     chosen = tactic(entries, "prefill", geometry, _bits(cache))
     blocks = batch.prefill_blocks(geometry.queries, int(chosen.constants["TOKENS"] or 0))
-    prefill.prefill[geometry.query_heads // int(chosen.constants["HEADS"] or 1), len(blocks)](
+    arguments = (
         queries,
         cache.keys,
         cache.values,
@@ -208,10 +210,21 @@ def _prefill(
         cache.value_scale,
         out,
         cache.table.shape[1],
-        **constants("prefill", geometry, chosen.constants),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
     )
+    grid = geometry.query_heads // int(chosen.constants["HEADS"] or 1), len(blocks)
+    launcher(_launch("prefill", grid, arguments, geometry, chosen.constants, chosen))
+
+
+def _launch(
+    kernel: str,
+    grid: tuple[int, ...],
+    arguments: tuple[Tensor | int, ...],
+    geometry: Geometry,
+    tiling: Mapping[str, Constant],
+    options: Tactic,
+) -> KernelLaunch:
+    fixed = constants(kernel, geometry, tiling)
+    return KernelLaunch(PLUGIN, kernel, kernel, grid, arguments, fixed, options.num_warps, options.num_stages)
 
 
 def _bits(cache: PagedCache) -> int:

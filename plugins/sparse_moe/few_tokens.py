@@ -35,15 +35,19 @@ def few_gate_up(
     SPLITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DEALT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """`hidden [t * SLOTS, INNER]` bf16, the chosen experts' activations; the grid is `[t * SLOTS, tiles]`.
 
     `x [t, D]` bf16, `ids [t * SLOTS]` int32, matrices as in `pack.py`; limits are fp32 given by their bits.
     The features are dealt out block by block to `SPLITS` groups of warps, whose sums are added at the end.
+    Where experts are `DEALT` out, pairs with id -1 are another device's and left as they are.
     """
     pair = tl.program_id(0)
     expert = tl.load(ids + pair).to(tl.int64)
+    if DEALT and expert < 0:
+        return
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[None, :, None]
     split = tl.arange(0, SPLITS)[:, None, None]
     present = row < INNER
@@ -88,6 +92,7 @@ def few_down(
     SPLITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DEALT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """`y [t, D]` = the mixed outputs of a token's experts; the grid is `[t, tiles]`.
@@ -102,18 +107,23 @@ def few_down(
     column = tl.zeros([1, 1, COLUMNS], tl.int32)
     taken = split < TOP_K
     expert = tl.load(ids + slot, mask=taken, other=0).to(tl.int64)
+    if DEALT:
+        taken = taken & (expert >= 0)
+        expert = tl.maximum(expert, 0)
     weight = tl.load(mix + slot, mask=taken, other=0.0)
     present = (row < D) & taken
     rows = row_start(down, expert, row, D, INNER, FORMAT)
     scales = scale_start(down_scales, expert, row, D, INNER, FORMAT)
     tokens = hidden + tl.where(taken, slot, token * SLOTS).to(tl.int64) * INNER + column
-    MASKED: tl.constexpr = D % ROWS != 0 or INNER % BLOCK_K != 0 or SPLITS != TOP_K
+    MASKED: tl.constexpr = D % ROWS != 0 or INNER % BLOCK_K != 0 or SPLITS != TOP_K or DEALT
     total = tl.zeros([SPLITS, ROWS, COLUMNS], tl.float32)
     for block in tl.range(0, tl.cdiv(INNER, BLOCK_K), num_stages=STAGES):
         total = add_block(
             total, rows, scales, tokens, block, present, D, INNER, FORMAT, BLOCK_K, MASKED, INTERPRETED
         )
     total = finish(total, scales, present, FORMAT, MASKED) * weight
+    if DEALT:
+        total = tl.where(taken, total, 0.0)  # what nobody wrote of `hidden` may be NaN
     if SLOTS > TOP_K:
         shared = tl.load(ids + token * SLOTS + TOP_K).to(tl.int64)
         rows = row_start(down, shared, row, D, INNER, FORMAT)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .pack import Format
 
+PLUGIN = "sparse_moe"
 BITS: Mapping[Format, int] = {"bf16": 16, "fp8_channel": 8, "fp8_block": 8, "int4": 4}
 
 KERNELS: Mapping[str, str] = {
@@ -43,6 +44,7 @@ class Geometry:
         scale: What the mixing weights, whose sum is 1, are multiplied by.
         format: How weights are stored (`pack.py`).
         shared: Whether the stacks hold, last, an expert that every token takes with weight 1.
+        held: How many of the routed experts the stacks hold, where other devices hold the others.
     """
 
     experts: int
@@ -52,10 +54,23 @@ class Geometry:
     scale: float
     format: Format
     shared: bool = False
+    held: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top {self.top_k} of {self.experts} experts")
+        if self.dealt and (self.shared or not 1 <= self.here < self.experts):
+            raise ValueError(f"{self.here} of {self.experts} experts{' and the shared one' * self.shared}")
+
+    @property
+    def here(self) -> int:
+        """Routed experts that the stacks hold."""
+        return self.experts if self.held is None else self.held
+
+    @property
+    def dealt(self) -> bool:
+        """Whether other devices hold some of the experts: ids of theirs are -1 here."""
+        return self.here != self.experts
 
     @property
     def slots(self) -> int:
@@ -65,7 +80,7 @@ class Geometry:
     @property
     def stack(self) -> int:
         """Matrices in a stack."""
-        return self.experts + self.shared
+        return self.here + self.shared
 
     def tactic(self, entries: Sequence[Tactic], kernel: str, tokens: int) -> Tactic:
         """The tiling of `kernel` for a step of `tokens` tokens.
@@ -108,17 +123,23 @@ def constants(
     }
     product = {**model, "STAGES": tactic.num_stages}
     slots: dict[str, Constant] = {"TOP_K": g.top_k, "SLOTS": g.slots}
-    route: dict[str, Constant] = {"EXPERTS": g.experts, "LANES": _power(g.experts), "SCALE": g.scale, **slots}
+    route: dict[str, Constant] = {
+        "EXPERTS": g.experts,
+        "HERE": g.here,
+        "LANES": _power(g.experts),
+        "SCALE": g.scale,
+        **slots,
+    }
     own: Mapping[str, dict[str, Constant]] = {
         "route_logits": route,
         "route_selection": route,
         "count_pairs": {},
         "place_pairs": {"ALL": g.stack, "LANES": _power(g.stack), "TOKENS": tokens_tile},
-        "few_gate_up": {**product, **slots},
-        "few_down": {**product, **slots, "SPLITS": _power(g.top_k)},
+        "few_gate_up": {**product, **slots, "DEALT": g.dealt},
+        "few_down": {**product, **slots, "SPLITS": _power(g.top_k), "DEALT": g.dealt},
         "grouped_gate_up": {**product, "EXPERTS": g.experts, "SLOTS": g.slots},
         "grouped_down": product,
-        "combine": {"D": g.hidden, "SLOTS": g.slots},
+        "combine": {"D": g.hidden, "SLOTS": g.slots, "DEALT": g.dealt},
     }
     return {**own[kernel], **tactic.constants}
 

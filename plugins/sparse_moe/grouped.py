@@ -122,12 +122,18 @@ def grouped_down(
 
 
 @triton.jit
-def combine(partial, y, D: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """`y [t, D]` = the sum of a token's slots, ascending ids first; the grid is `[t, blocks]`."""
+def combine(partial, ids, y, D: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, DEALT: tl.constexpr):
+    """`y [t, D]` = the sum of a token's slots, ascending ids first; the grid is `[t, blocks]`.
+
+    Where experts are `DEALT` out, slots with id -1 of `ids [t * SLOTS]` are another device's.
+    """
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(SLOTS):
         row = partial + (token * SLOTS + slot).to(tl.int64) * D
-        total += tl.load(row + column, mask=column < D, other=0.0)
+        present = column < D
+        if DEALT:
+            present = present & (tl.load(ids + token * SLOTS + slot) >= 0)
+        total += tl.load(row + column, mask=present, other=0.0)
     tl.store(y + token.to(tl.int64) * D + column, total.to(y.dtype.element_ty), mask=column < D)

@@ -1,8 +1,7 @@
 """The plugin on torch tensors: checks, choice of tactics, launches.
 
-On CUDA tensors the kernels run on the GPU; on CPU tensors they run in Triton's interpreter, which has to be
-asked for (`TRITON_INTERPRET=1`) before the kernels are loaded. Nothing waits for the device, so a step can be
-captured in a CUDA graph.
+Who carries launches out decides where kernels run; by default Triton does (`step35_trt.kernels.jit`). Nothing
+waits for the device, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import struct
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 
-from . import few_tokens, grouped, routing, sorting
-from .geometry import constants
+from step35_trt.kernels.jit import JIT
+from step35_trt.kernels.launching import KernelLaunch
+
+from .geometry import KERNELS, PLUGIN, constants
 from .plan import Plan
 from .weights import ExpertWeights, Matrix, expect
 
@@ -24,13 +24,20 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from step35_trt.kernels.launching import Launcher
     from step35_trt.kernels.tactics import Tactic
 
     from .geometry import Geometry
 
 
 def route_logits(
-    logits: Tensor, bias: Tensor, geometry: Geometry, entries: Sequence[Tactic]
+    logits: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    entries: Sequence[Tactic],
+    launcher: Launcher = JIT,
+    *,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Specification 2.8 from the router's product on.
 
@@ -39,23 +46,32 @@ def route_logits(
         bias: `[E]` fp32; selects and does not weigh.
         geometry: The layer.
         entries: The GPU's tactics.
+        launcher: Carries the launch out.
+        first: Of the experts that are held, where others are held elsewhere: ids count from it.
 
     Returns:
-        Ids `[t, slots]` int32, ascending, the shared expert last, and mixing weights `[t, slots]` fp32.
+        Ids `[t, slots]` int32, ascending, the shared expert last, -1 for experts that are not held, and
+        mixing weights `[t, slots]` fp32.
 
     Raises:
         ValueError: shapes or types do not fit.
     """
     expect("bias", bias, (geometry.experts,), torch.float32, logits.device)
-    return _route("route_logits", logits, bias, geometry, entries)
+    return _route("route_logits", logits, bias, geometry, entries, launcher, first)
 
 
 def route_selection(
-    selection: Tensor, weights: Tensor, geometry: Geometry, entries: Sequence[Tactic]
+    selection: Tensor,
+    weights: Tensor,
+    geometry: Geometry,
+    entries: Sequence[Tactic],
+    launcher: Launcher = JIT,
+    *,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As `route_logits`, from what the vocabulary's `sparse_moe` is given: both `[t, E]` fp32."""
     expect("weights", weights, (len(selection), geometry.experts), torch.float32, selection.device)
-    return _route("route_selection", selection, weights, geometry, entries)
+    return _route("route_selection", selection, weights, geometry, entries, launcher, first)
 
 
 def experts(
@@ -71,6 +87,7 @@ def experts(
     as_for: int | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    launcher: Launcher = JIT,
 ) -> Tensor:
     """The chosen experts' outputs, mixed (specification 2.7, 2.9): `[t, D]`.
 
@@ -78,7 +95,7 @@ def experts(
 
     Args:
         x: `[t, D]` bf16.
-        ids: `[t, slots]` int32 from a `route_*`; ids of a token are different and in range.
+        ids: `[t, slots]` int32 from a `route_*`; ids of a token are different and in range, but for -1.
         mix: `[t, slots]` fp32.
         weights: The stacks.
         geometry: The layer.
@@ -88,6 +105,7 @@ def experts(
         as_for: Choose tactics as for that many tokens, which pins the bits of tokens in batches of all sizes.
         out: `[t, D]` bf16 or fp32 to write; absent, bf16 is allocated.
         workspace: At least `workspace_bytes` uint8; absent, allocated.
+        launcher: Carries launches out.
 
     Raises:
         ValueError: shapes, types or devices do not fit.
@@ -109,7 +127,7 @@ def experts(
     if t:
         limits = limit_bits(limit), limit_bits(shared_limit)
         run = _few if plan.few else _grouped
-        run(x, ids, mix, weights, g, plan, limits, out, plan.views(workspace))
+        run(x, ids, mix, weights, g, plan, limits, out, plan.views(workspace), launcher)
     return out
 
 
@@ -126,15 +144,23 @@ def limit_bits(limit: float) -> int:
 
 
 def _route(
-    kernel: str, scores: Tensor, other: Tensor, geometry: Geometry, entries: Sequence[Tactic]
+    kernel: str,
+    scores: Tensor,
+    other: Tensor,
+    geometry: Geometry,
+    entries: Sequence[Tactic],
+    launcher: Launcher,
+    first: int,
 ) -> tuple[Tensor, Tensor]:
+    if not 0 <= first <= geometry.experts - geometry.here:
+        raise ValueError(f"{geometry.here} experts from {first} on, of {geometry.experts}")
     t = len(scores)
     expect("logits or selection", scores, (t, geometry.experts), torch.float32, scores.device)
     ids = torch.empty(t, geometry.slots, dtype=torch.int32, device=scores.device)
     mix = torch.empty(t, geometry.slots, dtype=torch.float32, device=scores.device)
     if t:
         tactic = geometry.tactic(entries, kernel, t)
-        _launch(routing, kernel, (t,), (scores, other, ids, mix), geometry, tactic)
+        _launch(launcher, kernel, (t,), (scores, other, ids, mix, first), geometry, tactic)
     return ids, mix
 
 
@@ -148,10 +174,11 @@ def _few(
     limits: tuple[int, int],
     out: Tensor,
     space: dict[str, Tensor],
+    launcher: Launcher,
 ) -> None:
     first, second = plan.tactics["few_gate_up"], plan.tactics["few_down"]
     _launch(
-        few_tokens,
+        launcher,
         "few_gate_up",
         (ids.numel(), _tiles(g.inner, first)),
         (x, ids, *_pair(weights.gate), *_pair(weights.up), space["hidden"], *limits),
@@ -159,7 +186,7 @@ def _few(
         first,
     )
     _launch(
-        few_tokens,
+        launcher,
         "few_down",
         (len(x), _tiles(g.hidden, second)),
         (space["hidden"], ids, mix, *_pair(weights.down), out),
@@ -178,15 +205,16 @@ def _grouped(
     limits: tuple[int, int],
     out: Tensor,
     space: dict[str, Tensor],
+    launcher: Launcher,
 ) -> None:
     pairs, most = ids.numel(), plan.most_tiles
     order, tiles, hidden, partial = (space[name] for name in ("order", "tiles", "hidden", "partial"))
     gate_up, down, last = (plan.tactics[name] for name in ("grouped_gate_up", "grouped_down", "combine"))
     tile = int(gate_up.constants["TOKENS"] or 0)
     counts = space["counts"]
-    _launch(sorting, "count_pairs", (g.stack,), (ids, counts, pairs), g, plan.tactics["count_pairs"])
+    _launch(launcher, "count_pairs", (g.stack,), (ids, counts, pairs), g, plan.tactics["count_pairs"])
     _launch(
-        sorting,
+        launcher,
         "place_pairs",
         (g.stack,),
         (ids, counts, order, tiles, pairs, most),
@@ -195,7 +223,7 @@ def _grouped(
         tile,
     )
     _launch(
-        grouped,
+        launcher,
         "grouped_gate_up",
         (_tiles(g.inner, gate_up), most),
         (x, order, tiles, *_pair(weights.gate), *_pair(weights.up), hidden, *limits, most),
@@ -203,7 +231,7 @@ def _grouped(
         gate_up,
     )
     _launch(
-        grouped,
+        launcher,
         "grouped_down",
         (_tiles(g.hidden, down), most),
         (hidden, order, tiles, mix, *_pair(weights.down), partial, most),
@@ -211,11 +239,11 @@ def _grouped(
         down,
     )
     blocks = -(-g.hidden // int(last.constants["BLOCK"] or 0))
-    _launch(grouped, "combine", (len(x), blocks), (partial, out), g, last)
+    _launch(launcher, "combine", (len(x), blocks), (partial, ids, out), g, last)
 
 
 def _launch(
-    module: object,
+    launcher: Launcher,
     kernel: str,
     grid: tuple[int, ...],
     arguments: tuple[Tensor | int, ...],
@@ -223,10 +251,10 @@ def _launch(
     tactic: Tactic,
     tokens_tile: int = 0,
 ) -> None:
-    interpreted = triton.knobs.runtime.interpret
+    interpreted = launcher.interpreted
     fixed = constants(kernel, geometry, tactic, tokens_tile=tokens_tile, interpreted=interpreted)
-    options = {"num_warps": tactic.num_warps, "num_stages": tactic.num_stages}
-    getattr(module, kernel)[grid](*arguments, **fixed, **options)
+    options = tactic.num_warps, tactic.num_stages
+    launcher(KernelLaunch(PLUGIN, KERNELS[kernel], kernel, grid, arguments, fixed, *options))
 
 
 def _tiles(rows: int, tactic: Tactic) -> int:

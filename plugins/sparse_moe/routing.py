@@ -14,7 +14,9 @@ def _choose(
     ids,
     mix,
     token,
+    first,
     EXPERTS: tl.constexpr,
+    HERE: tl.constexpr,
     LANES: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -24,7 +26,8 @@ def _choose(
 
     Keys are the values' bits made to order as integers, above the place counted from the end: they are all
     different, so equals go to the lowest id, and whatever the values (NaN ranks highest) exactly `TOP_K`
-    valid ids are written.
+    valid ids are written. Where only `HERE` experts from `first` on are held, ids count from there, and those
+    of others are -1.
     """
     expert = tl.arange(0, LANES)
     bits = tl.where(selection == 0, 0.0, selection).to(tl.int32, bitcast=True)
@@ -36,6 +39,9 @@ def _choose(
     chosen = key >= bound
     slot = token * SLOTS + tl.cumsum(chosen.to(tl.int32), 0) - 1
     total = tl.sum(tl.where(chosen, weights, 0.0), 0) + 1e-20
+    if HERE < EXPERTS:
+        held = (expert >= first) & (expert < first + HERE)
+        expert = tl.where(held, expert - first, -1)
     tl.store(ids + slot, expert, mask=chosen)
     tl.store(mix + slot, weights / total * SCALE, mask=chosen)
     if SLOTS > TOP_K:
@@ -49,7 +55,9 @@ def route_logits(
     bias,
     ids,
     mix,
+    first,
     EXPERTS: tl.constexpr,
+    HERE: tl.constexpr,
     LANES: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -67,7 +75,7 @@ def route_logits(
     logit = tl.load(logits + token.to(tl.int64) * EXPERTS + expert, mask=present, other=0.0)
     score = 1.0 / (1.0 + tl.exp(-logit))
     selection = score + tl.load(bias + expert, mask=present, other=0.0)
-    _choose(selection, score, ids, mix, token, EXPERTS, LANES, TOP_K, SLOTS, SCALE)
+    _choose(selection, score, ids, mix, token, first, EXPERTS, HERE, LANES, TOP_K, SLOTS, SCALE)
 
 
 @triton.jit
@@ -76,7 +84,9 @@ def route_selection(
     weights,
     ids,
     mix,
+    first,
     EXPERTS: tl.constexpr,
+    HERE: tl.constexpr,
     LANES: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -89,4 +99,4 @@ def route_selection(
     present = expert < EXPERTS
     chosen_by = tl.load(selection + place, mask=present, other=0.0)
     weight = tl.load(weights + place, mask=present, other=0.0)
-    _choose(chosen_by, weight, ids, mix, token, EXPERTS, LANES, TOP_K, SLOTS, SCALE)
+    _choose(chosen_by, weight, ids, mix, token, first, EXPERTS, HERE, LANES, TOP_K, SLOTS, SCALE)

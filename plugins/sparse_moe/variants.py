@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from step35_trt.kernels.variant import KernelVariant
 
-from .geometry import BITS, KERNELS, Geometry, constants
+from .geometry import BITS, KERNELS, PLUGIN, Geometry, constants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,25 +21,25 @@ _GATE_UP = ("gate", "gate_scales", "up", "up_scales", "hidden", "limit_bits", "s
 _TILES = ("order", "tiles")
 _DOWN = ("mix", "down", "down_scales")
 ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "route_logits": ("logits", "bias", "ids", "mix"),
-    "route_selection": ("selection", "weights", "ids", "mix"),
+    "route_logits": ("logits", "bias", "ids", "mix", "first"),
+    "route_selection": ("selection", "weights", "ids", "mix", "first"),
     "count_pairs": ("ids", "counts", "pairs"),
     "place_pairs": ("ids", "counts", *_TILES, "pairs", "most_tiles"),
     "few_gate_up": ("x", "ids", *_GATE_UP),
     "few_down": ("hidden", "ids", *_DOWN, "y"),
     "grouped_gate_up": ("x", *_TILES, *_GATE_UP, "most_tiles"),
     "grouped_down": ("hidden", *_TILES, *_DOWN, "partial", "most_tiles"),
-    "combine": ("partial", "y"),
+    "combine": ("partial", "ids", "y"),
 }
 """Each kernel's arguments that are no constants, in order."""
 
-_VALUES: Mapping[Format, str] = {
+VALUES: Mapping[Format, str] = {
     "bf16": "*bf16",
     "fp8_channel": "*fp8e4nv",
     "fp8_block": "*fp8e4nv",
     "int4": "*i16",
 }
-_SCALES: Mapping[Format, str] = {
+SCALES: Mapping[Format, str] = {
     "bf16": "*bf16",
     "fp8_channel": "*fp32",
     "fp8_block": "*fp32",
@@ -49,12 +49,12 @@ _TYPES = {
     **dict.fromkeys(("x", "hidden", "y"), "*bf16"),
     **dict.fromkeys(("logits", "bias", "selection", "weights", "mix", "partial"), "*fp32"),
     **dict.fromkeys(("ids", "counts", "order", "tiles"), "*i32"),
-    **dict.fromkeys(("pairs", "most_tiles", "limit_bits", "shared_limit_bits"), "i32"),
+    **dict.fromkeys(("first", "pairs", "most_tiles", "limit_bits", "shared_limit_bits"), "i32"),
 }
 
 
 def variants(
-    config: Step35Config, target: int, tactics: Tactics, *, shared: bool = False
+    config: Step35Config, target: int, tactics: Tactics, *, shared: bool = False, held: int | None = None
 ) -> list[KernelVariant]:
     """Every kernel in every weight format and tiling; names do not repeat.
 
@@ -63,6 +63,7 @@ def variants(
         target: Compute capability; tactics are the target's already, so nothing else depends on it.
         tactics: Of the target.
         shared: Whether the shared expert is the last of the stacks, which takes one as wide as the others.
+        held: See `Geometry`.
     """
     formats: list[Format] = list(BITS)
     found: dict[str, KernelVariant] = {}
@@ -75,6 +76,7 @@ def variants(
             config.moe_router_scaling_factor,
             kind,
             shared,
+            held,
         )
         for tactic in tactics.entries:
             if _concerns(tactic, geometry):
@@ -112,12 +114,12 @@ def _variant(tactic: Tactic, geometry: Geometry, tokens_tile: int) -> KernelVari
     kernel = tactic.kernel
     types = dict(_TYPES)
     for weight in ("gate", "up", "down"):
-        types |= {weight: _VALUES[geometry.format], f"{weight}_scales": _SCALES[geometry.format]}
+        types |= {weight: VALUES[geometry.format], f"{weight}_scales": SCALES[geometry.format]}
     if kernel == "route_selection":
         types["weights"] = "*fp32"
     signature = {argument: types[argument] for argument in ARGUMENTS[kernel]}
     return KernelVariant(
-        plugin="sparse_moe",
+        plugin=PLUGIN,
         module=KERNELS[kernel],
         function=kernel,
         name=name(kernel, geometry, tactic, tokens_tile),

@@ -26,7 +26,7 @@ def kernels(target: str, checkpoint: str | None, output: Path | None, as_json: b
     from dataclasses import asdict
 
     from step35_trt.config import Step35Config
-    from step35_trt.kernels.catalogue import deployment
+    from step35_trt.kernels import catalogue
     from step35_trt.kernels.compile import compile_kernels
     from step35_trt.kernels.report import report
     from step35_trt.kernels.targets import gpu_target
@@ -36,7 +36,7 @@ def kernels(target: str, checkpoint: str | None, output: Path | None, as_json: b
     gpu = gpu_target(target)
     config = Step35Config.load(resolve_checkpoint(checkpoint) if checkpoint else PUBLISHED)
     with console.item_progress("compiling") as progress:
-        compiled = compile_kernels(deployment(config, gpu), gpu, progress=progress)
+        compiled = compile_kernels(catalogue.every(config, gpu), gpu, progress=progress)
     reports = [report(kernel) for kernel in compiled]
     if output is not None:
         for kernel in compiled:

@@ -1,4 +1,4 @@
-"""The torch dialect's plugins over slots' pages, for steps whose numbers lie on the device."""
+"""The torch dialect's plugins over pages that slots name, for steps whose numbers lie on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from step35_trt.dialects.torch import HeldWeights, SequenceBatch
     from step35_trt.dialects.torch_kernels import TritonKernels
     from step35_trt.kernels.targets import GpuTarget
-    from step35_trt.runtime.slot_caches import SlotCaches
+    from step35_trt.runtime.cache_extent import TableSpec
+    from step35_trt.runtime.device_pages import DevicePages
 
 
 class Launches(Protocol):
@@ -36,7 +37,7 @@ class Launches(Protocol):
 
 @dataclass(frozen=True)
 class TritonLaunches:
-    """Compiled by Triton when first used.
+    """By our kernels, compiled beforehand or by Triton when first used, as `kernels` has them launched.
 
     Attributes:
         kernels: Run the experts.
@@ -50,7 +51,7 @@ class TritonLaunches:
         """See `Launches`."""
         launch = plugin.load("gated_attention", "launch")
         entries = tactics.load("gated_attention", self.target.capability).entries
-        result: Tensor = launch.gated_attention(*arguments, entries)
+        result: Tensor = launch.gated_attention(*arguments, entries, self.kernels.launcher)
         return result
 
     def experts(self, *arguments: Any) -> Tensor:
@@ -97,11 +98,12 @@ class SlotKernels:
         queries: The most new tokens of a sequence that count as decoding; see `Geometry`.
     """
 
-    caches: SlotCaches
+    caches: DevicePages
     launches: Launches
     queries: int
     _batch: Any = None
-    _tables: dict[int, Tensor] = field(default_factory=dict)
+    _slots: Tensor | None = None
+    _lines: dict[TableSpec, Tensor] = field(default_factory=dict)
 
     def place(self, batch: Any, slots: Tensor) -> None:
         """Say what follows is about.
@@ -110,7 +112,7 @@ class SlotKernels:
             batch: `gated_attention.batch.Batch` or `DeviceBatch`.
             slots: `[sequences]` int32 on the device.
         """
-        self._batch, self._tables = batch, self.caches.tables(slots)
+        self._batch, self._slots, self._lines = batch, slots, {}
 
     def gated_attention(
         self,
@@ -125,10 +127,19 @@ class SlotKernels:
         layer: LayerSpec,
     ) -> Tensor:
         """See `Kernels`; the step is the one that was placed, whatever `batch` says."""
-        geometry = plugin.load("gated_attention", "geometry").Geometry.of(layer, eps, self.queries)
-        cache = self.caches.cache(layer.index, self._tables)
+        module, page = plugin.load("gated_attention", "geometry"), self.caches.extent.page
+        geometry = module.Geometry.of(layer, eps, self.queries, page)
+        cache = self.caches.cache(layer.index, self._line(layer.index))
         turns = _frequencies(layer, q.device)
         return self.launches.attention(q, k, v, gate, q_gamma, k_gamma, turns, cache, self._batch, geometry)
+
+    def _line(self, layer: int) -> Tensor:
+        """Looked up once a step, in the tables that the step's graph has."""
+        spec = self.caches.layout.table(layer)
+        if spec not in self._lines:
+            assert self._slots is not None
+            self._lines[spec] = self.caches.lines(spec, self._slots)
+        return self._lines[spec]
 
     def sparse_moe(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from step35_trt.checkpoint import EXPERT_PROJECTIONS
-from step35_trt.gpu_weights import GROUP, expert_format
+from step35_trt.gpu_forms import GROUP, expert_format
 from step35_trt.kernels import plugin
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ class Experts:
     Attributes:
         format: How they are stored (`plugins/sparse_moe/pack.py`).
         weights: `sparse_moe.weights.ExpertWeights`.
+        first: Which expert comes first: where ranks deal them out, a rank has some in a row.
     """
 
     format: ExpertFormat
     weights: Any
+    first: int = 0
 
 
 def checkpoint_experts(checkpoint: Checkpoint, prefix: str, device: torch.device | str) -> Experts:

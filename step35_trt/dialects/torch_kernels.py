@@ -13,6 +13,7 @@ from step35_trt.dialects.paged_rows import PagedRows, PagePool
 from step35_trt.dialects.torch_experts import Experts
 from step35_trt.errors import UnsupportedError
 from step35_trt.kernels import plugin, tactics
+from step35_trt.kernels.jit import JIT
 from step35_trt.kernels.targets import gpu_target
 from step35_trt.rotary import inverse_frequencies
 
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.config import LayerSpec
-    from step35_trt.dialects.torch import SequenceBatch, Weights
+    from step35_trt.dialects.torch import HeldWeights, SequenceBatch
+    from step35_trt.kernels.launching import Launcher
     from step35_trt.kernels.targets import GpuTarget
 
-QUERIES = 4  # a token and three drafts: what one decoding step verifies at most
+# What one decoding step verifies at most.
+QUERIES: int = plugin.load("gated_attention", "geometry").QUERIES
 
 
 def present_target(device: torch.device) -> GpuTarget:
@@ -43,7 +46,7 @@ class ExpertSource(Protocol):
     """`Weights` that have experts in the kernels' own forms, not only as numbers."""
 
     def experts(self, prefix: str) -> Experts:
-        """All experts of a layer, `prefix` such as `model.layers.3.moe`."""
+        """All experts of a layer that there are here, `prefix` such as `model.layers.3.moe`."""
         ...
 
 
@@ -56,11 +59,13 @@ class TritonKernels:
         target: Whose tactics are taken; the tensors' device decides where kernels run.
         kv_dtype: What keys and values are kept in: the activations' type, or e4m3 with scales of 1, which a
             normed key and a value of a trained model do not exceed.
+        launcher: Carries launches out.
     """
 
-    weights: Weights
+    weights: HeldWeights
     target: GpuTarget
     kv_dtype: torch.dtype | None = None
+    launcher: Launcher = JIT
     _experts: dict[str, Experts] = field(default_factory=dict)
     _pools: dict[tuple[int, torch.dtype], PagePool] = field(default_factory=dict)
 
@@ -97,6 +102,7 @@ class TritonKernels:
             _described(batch.lengths, batch.pasts, q.device),
             module.Geometry.of(layer, eps, QUERIES),
             tactics.load("gated_attention", self.target.capability).entries,
+            self.launcher,
         )
         return result
 
@@ -115,14 +121,16 @@ class TritonKernels:
         if experts not in self._experts:
             self._experts[experts] = self._found(experts)
         stacks = self._experts[experts]
-        count, inner = stacks.weights.gate.values.shape[:2]
-        described = geometry.Geometry(count, top_k, x.shape[-1], inner, scale, stacks.format)
+        here, inner = stacks.weights.gate.values.shape[:2]
+        widths = x.shape[-1], inner
+        described = geometry.Geometry(selection.shape[1], top_k, *widths, scale, stacks.format, held=here)
         entries = tactics.load("sparse_moe", self.target.capability).entries
-        ids, mix = launch.route_selection(selection, weights, described, entries)
-        narrow = x.to(torch.bfloat16)
-        result: Tensor = launch.experts(
-            narrow, ids, mix, stacks.weights, described, entries, limit, out=torch.empty_like(x)
+        ids, mix = launch.route_selection(
+            selection, weights, described, entries, self.launcher, first=stacks.first
         )
+        narrow = x.to(torch.bfloat16)
+        given = narrow, ids, mix, stacks.weights, described, entries, limit
+        result: Tensor = launch.experts(*given, out=torch.empty_like(x), launcher=self.launcher)
         return result
 
     def _found(self, prefix: str) -> Experts:

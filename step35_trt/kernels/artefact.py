@@ -25,6 +25,10 @@ class Argument(BaseModel):
     type: str
 
 
+# What every compiled kernel takes behind its own parameters.
+SCRATCH = (Argument(name="global_scratch", type="*u8"), Argument(name="profile_scratch", type="*u8"))
+
+
 class Launch(BaseModel):
     """How the code is launched; the grid is the caller's.
 

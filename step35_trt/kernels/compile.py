@@ -21,6 +21,7 @@ from step35_trt.kernels.artefact import (
     CUBIN,
     FACTS,
     PTX,
+    SCRATCH,
     Argument,
     CompiledKernel,
     Facts,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from step35_trt.kernels.variant import KernelVariant
     from step35_trt.progress import Progress
 
-SCRATCH = (Argument(name="global_scratch", type="*u8"), Argument(name="profile_scratch", type="*u8"))
 _PTX_TYPES = {"i1": "u8", "i8": "u8", "u8": "u8", "i16": "u16", "i32": "u32", "u32": "u32", "i64": "u64"}
 _PTX_TYPES |= {"u64": "u64", "fp32": "f32", "fp64": "f64"}
 _LOG = {

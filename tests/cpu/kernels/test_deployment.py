@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from step35_trt.config import Step35Config
-from step35_trt.kernels.catalogue import PLUGINS, deployment
+from step35_trt.kernels import plugin
+from step35_trt.kernels.catalogue import PLUGINS, dense, deployment, every, recipes
 from step35_trt.kernels.compile import compile_kernels
 from step35_trt.kernels.report import report
 from step35_trt.kernels.targets import TARGETS
@@ -38,6 +39,41 @@ def test_everything_compiles_and_passes(name: str, cached: Path, capsys: pytest.
         assert all(products in kinds for kinds in used)
     assert not any("atomic" in item.instructions for item in reports)
     assert all(kernel.facts.launch.scratch_bytes == 0 for kernel in compiled)
+
+
+# Of dense algebra one shape in each coding, whose rows and columns fill no last tile; the model's own, which
+# fill theirs, are more of the same.
+ODD, WIDTH = (300, 640), 1280
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize("name", ["sm_90", "sm_121"])
+def test_dense_algebra_compiles_and_passes(name: str) -> None:
+    products = [(*ODD, kind) for kind in ("int4", "fp8_channel", "fp8_block")]
+    made = plugin.load("dense", "variants").variants(products, [(WIDTH, 1e-5)], [WIDTH])
+    variants = [v for v in made if v.constants.get("TOKENS") not in (4, 8)]  # between two that are compiled
+    for item in map(report, compile_kernels(variants, TARGETS[name])):
+        assert not item.failures, item.kernel
+        kind = "wgmma" if name == "sm_90" and "by128" in item.kernel else "mma"
+        assert (kind in item.instructions) == ("linear" in item.kernel), item.kernel
+
+
+def test_dense_algebra_is_what_segments_say() -> None:
+    config = Step35Config.load(PUBLISHED)
+    variants = dense(recipes(config))
+    assert len({variant.name for variant in variants}) == len(variants)
+    shapes = {
+        (v.constants["N"], v.constants["K"], v.constants["FORMAT"]) for v in variants if "N" in v.constants
+    }
+    d, head = config.hidden_size, config.vocab_size
+    assert {(head, d, "fp8_channel"), (head, d, "int4"), (d, 2 * d, "fp8_channel")} <= shapes
+    assert {v.constants["WIDTH"] for v in variants if v.function == "swiglu"} == {
+        config.intermediate_size,
+        config.share_expert_dim,
+    }
+    assert {v.constants["D"] for v in variants if v.function == "rms_norm"} == {d}
+    both = every(config, TARGETS["sm_90"])
+    assert both == deployment(config, TARGETS["sm_90"]) + variants
 
 
 # What is tightest on GPUs with tensor memory, or with little shared memory, and its tactics.

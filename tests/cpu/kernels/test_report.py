@@ -59,7 +59,7 @@ def test_the_command_fails_with_a_kernel(
     toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = [toys.PRODUCT]
-    monkeypatch.setattr(catalogue, "deployment", lambda config, gpu: variants)
+    monkeypatch.setattr(catalogue, "every", lambda config, gpu: variants)
     monkeypatch.setattr(
         compiler,
         "compile_kernels",

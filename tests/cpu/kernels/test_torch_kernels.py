@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from step35_trt.checkpoint import EXPERT_PROJECTIONS, Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights, LayerCache, SequenceBatch, TorchOps
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
+from step35_trt.dialects.torch import LayerCache, SequenceBatch, TorchOps
 from step35_trt.dialects.torch_experts import checkpoint_experts
 from step35_trt.dialects.torch_kernels import TritonKernels, present_target
 from step35_trt.errors import UnsupportedError

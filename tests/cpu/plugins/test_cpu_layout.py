@@ -6,7 +6,8 @@ from hypothesis.extra import numpy as arrays
 
 from step35_trt.errors import UnsupportedError
 from step35_trt.quantize.blocks import quantize_blocks
-from step35_trt.quantize.cpu_layout import interleave_gate_up, tile, tiled_shapes, untile
+from step35_trt.quantize.cpu_layout import interleave_gate_up, tile, tiled_shapes
+from tests.codes import untile
 
 
 @settings(deadline=None, derandomize=True)
