@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from step35_trt.progress import Progress
 
 SCHEMA = 2
+AGAIN = "Build the bundle again with build-engine."
 MANIFEST = "manifest.json"
 PROGRAM = "program.json"
 TOKENIZER = "tokenizer"
@@ -39,6 +40,10 @@ DEPENDENCIES: dict[Target, dict[str, str]] = {
 }
 # Packages that bring the same, built for one version of CUDA.
 SAME = {"tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
+# What has done its work when a bundle is built: cubins are launched by the driver alone.
+COMPILERS = frozenset({"triton"})
+# What executes engines; without it torch runs what they were compiled from.
+ENGINE_RUNTIMES = frozenset({"tensorrt", "tensorrt-rtx"})
 # Dependencies that a bundle takes up only when it is finished on the machine that it is for.
 FINISHING: dict[Target, frozenset[str]] = {"tensorrt": frozenset({"tensorrt"})}
 
@@ -118,11 +123,12 @@ class Bundle(BaseModel):
                     "Build the bundle again with this version.",
                 )
             manifest = Manifest.model_validate(raw)
-        except (ValueError, RecursionError, ValidationError) as error:
-            raise CorruptInputError(
-                f"{path} is damaged: {str(error).splitlines()[0]}",
-                "Build the bundle again with build-engine.",
-            ) from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "it"
+            raise CorruptInputError(f"{path} is damaged: {where}: {first['msg']}", AGAIN) from None
+        except (ValueError, RecursionError) as error:
+            raise CorruptInputError(f"{path} is damaged: {error}", AGAIN) from None
         if not manifest.seals(text):
             raise CorruptInputError(
                 f"{path} has changed since the bundle was built", rebuild(directory, manifest)
@@ -144,8 +150,9 @@ class Bundle(BaseModel):
 
 
 def staging(directory: Path) -> Path:
-    """Where a bundle lies while it is being written."""
-    return directory.with_name(directory.name + ".partial")
+    """Where a bundle lies while it is being written: beside the directory that a link leads to."""
+    place = Path(os.path.realpath(directory))
+    return place.parent / f"{place.name}.partial"
 
 
 def versions(target: Target) -> dict[str, str]:
@@ -203,19 +210,28 @@ def sync(path: Path) -> None:
 
 
 def check_versions(manifest: Manifest) -> None:
-    """Compare the packages here with those that a bundle was built with.
+    """Compare the packages here with those that a bundle was built with and cannot do without.
 
     Raises:
         UnsupportedError: one is missing or of another version.
     """
     have = versions(manifest.engine.target)
-    for name, package in DEPENDENCIES[manifest.engine.target].items():
-        wanted = manifest.versions.get(name, "none")
-        if have[name] != wanted:
-            raise UnsupportedError(
-                f"the bundle was built for {name} {wanted}, this machine has {have[name]}",
-                f"pip install {package}=={wanted}, or build the bundle again.",
-            )
+    for name in DEPENDENCIES[manifest.engine.target].keys() - ENGINE_RUNTIMES - COMPILERS:
+        check_version(manifest, name, have[name])
+
+
+def check_version(manifest: Manifest, name: str, have: str) -> None:
+    """Compare a dependency's version with the one that a bundle was built with.
+
+    Raises:
+        UnsupportedError: it is another.
+    """
+    wanted, package = manifest.versions.get(name, "none"), DEPENDENCIES[manifest.engine.target][name]
+    if have != wanted:
+        raise UnsupportedError(
+            f"the bundle was built for {name} {wanted}, this machine has {have}",
+            f"pip install {package}=={wanted}, or build the bundle again.",
+        )
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from step35_trt.config import RopeScaling
+from step35_trt.config import LayerSpec, RopeScaling
 
 BufferDtype = Literal["bfloat16", "float32", "int64"]
 Operation = Literal["all_reduce", "all_gather"]
@@ -144,6 +144,24 @@ class GatedAttention(_Data):
     eps: float
     q_gamma: str
     k_gamma: str
+
+    @property
+    def layer_spec(self) -> LayerSpec:
+        """What attention needs to know of its layer."""
+        return LayerSpec(
+            index=self.layer,
+            kind="sliding_attention" if self.window else "full_attention",
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            window=self.window,
+            rope_theta=self.rope_theta,
+            rotary_dims=self.rotary_dims,
+            rope_scaling=self.rope_scaling,
+            moe=False,
+            routed_limit=0.0,
+            shared_limit=0.0,
+        )
 
 
 class SparseMoe(_Data):

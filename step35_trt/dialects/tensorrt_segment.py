@@ -63,7 +63,7 @@ class Builder:
     timing: TimingCache | None = None
 
     def __post_init__(self) -> None:
-        self.log = _log(self.trt)
+        self.log = error_log(self.trt)
         self.builder = self.trt.Builder(self.log)
 
     @classmethod
@@ -154,6 +154,10 @@ class Builder:
         self.log.clear()
         config = self.builder.create_builder_config()
         self._aim(config, capability)
+        # Without it an engine may take memory while it runs, which no CUDA graph can record. Full TensorRT,
+        # which knows no such flag, takes what it needs with the context.
+        if recordable := getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
+            config.set_flag(recordable)
         for profile in ranges:
             self._add(config, written.network, profile)
         if self.timing:
@@ -198,7 +202,7 @@ class Builder:
         config.add_optimization_profile(shapes)
 
 
-def _log(trt: ModuleType) -> Any:
+def error_log(trt: ModuleType) -> Any:
     """A logger that keeps errors instead of printing them."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined,misc] # TensorRT calls back a class of its own

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from step35_trt.config import LayerSpec
 from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.errors import UnsupportedError
 from step35_trt.interpret.network import Array, evaluate
@@ -18,7 +17,7 @@ from step35_trt.weight_forms import NUMPY
 
 if TYPE_CHECKING:
     from step35_trt.dialects.tensorrt_functional import Functional
-    from step35_trt.steps import Buffer, CollectiveStep, GatedAttention, KernelStep, SegmentStep, StepProgram
+    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram
 
 # Takes a buffer and the value computed for it, returns the value that goes into it.
 Settle = Callable[["Buffer", Array], Array]
@@ -90,8 +89,8 @@ class Executor:
             if call.plugin == "gated_attention":
                 q_gamma, k_gamma = (ops.plus_one(ops.vector(name)) for name in (call.q_gamma, call.k_gamma))
                 q, k, v, gate = inputs
-                layer = layer_spec(call)
-                return to_numpy(ops.gated_attention(q, k, v, gate, q_gamma, k_gamma, call.eps, layer))
+                settings = call.eps, call.layer_spec
+                return to_numpy(ops.gated_attention(q, k, v, gate, q_gamma, k_gamma, *settings))
             if call.plugin == "sparse_moe":
                 x, selection, weights = inputs
                 mixed = ops.sparse_moe(
@@ -99,24 +98,6 @@ class Executor:
                 )
                 return to_numpy(mixed)
             return to_numpy(ops.rows(*inputs))
-
-
-def layer_spec(call: GatedAttention) -> LayerSpec:
-    """What attention needs to know of its layer."""
-    return LayerSpec(
-        index=call.layer,
-        kind="sliding_attention" if call.window else "full_attention",
-        query_heads=call.query_heads,
-        kv_heads=call.kv_heads,
-        head_dim=call.head_dim,
-        window=call.window,
-        rope_theta=call.rope_theta,
-        rotary_dims=call.rotary_dims,
-        rope_scaling=call.rope_scaling,
-        moe=False,
-        routed_limit=0.0,
-        shared_limit=0.0,
-    )
 
 
 @dataclass(frozen=True)

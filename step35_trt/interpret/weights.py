@@ -53,7 +53,7 @@ class FormedWeights:
         """A checkpoint's."""
 
         def read(name: str, form: WeightForm, expert: int | None) -> Packed:
-            return sharing.cut(packed_weight(checkpoint, name, form, expert), name, form, rank)
+            return sharing.cut(packed_weight(checkpoint, name, form, expert), name, rank)
 
         return cls(read, forms, sharing, rank)
 

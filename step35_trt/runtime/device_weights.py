@@ -1,17 +1,21 @@
-"""What a device holds of the weights, in the forms that its kernels multiply by.
+"""What a device holds of the weights, in the forms that its kernels or its engines multiply by.
 
-Matrices stay in their codes where a kernel takes them; the few others are decoded once, when they arrive.
+Kernels have an order of codes of their own, and what they do not take is decoded once; engines take weights
+as they are stored. Whoever asks first decides which of the two is kept.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional
 
+from step35_trt.gpu_forms import GROUP, kernel_format
 from step35_trt.kernels import plugin
+from step35_trt.kernels.jit import JIT
 from step35_trt.runtime.program_weights import DTYPES, decoded
 
 if TYPE_CHECKING:
@@ -20,11 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.dialects.torch_experts import Experts
+    from step35_trt.kernels.launching import Launcher
     from step35_trt.program import ExpertFormat
     from step35_trt.steps import WeightBinding
-    from step35_trt.weight_forms import Forms, WeightForm
+    from step35_trt.weight_forms import Forms
 
-GROUP = 128  # values of a row, or rows and columns, that share a scale where kernels take codes
 Stored = tuple["Tensor", "Tensor | None"]
 
 
@@ -36,27 +40,30 @@ class WeightSource(Protocol):
         ...
 
     def experts(self, prefix: str) -> Experts:
-        """All experts of a layer, `prefix` such as `model.layers.3.moe`."""
+        """All experts of a layer that the rank holds, `prefix` such as `model.layers.3.moe`."""
         ...
 
 
 @dataclass(frozen=True)
 class DeviceWeights:
-    """`program_torch.StepWeights` and `torch_kernels.ExpertSource`.
+    """`torch_segments.SegmentWeights`, `segment_engines.BoundWeights` and `torch_kernels.ExpertSource`.
 
     Attributes:
-        source: Asked once for each.
+        source: Asked once for each matrix.
         forms: Of what the rank holds.
         device: Where they are kept.
         compiled: Whether there are kernels that take codes; without, codes are decoded at each use.
+        launcher: Launches them.
     """
 
     source: WeightSource
     forms: Forms
     device: torch.device
     compiled: bool
+    launcher: Launcher = JIT
     _dense: dict[str, Stored] = field(default_factory=dict)
     _coded: dict[str, tuple[ExpertFormat, Any] | None] = field(default_factory=dict)
+    _vectors: dict[tuple[str, float], Tensor] = field(default_factory=dict)
     _stacks: dict[str, Experts] = field(default_factory=dict)
 
     @property
@@ -70,18 +77,22 @@ class DeviceWeights:
         if not self.compiled:
             return {"linear": self.linear}
         dense = plugin.load("dense", "launch")
-        return {"linear": self.linear, "rms_norm": dense.rms_norm, "swiglu": dense.swiglu}
+        rows = {name: getattr(dense, name) for name in ("rms_norm", "swiglu")}
+        launched = {name: functools.partial(row, launcher=self.launcher) for name, row in rows.items()}
+        return {"linear": self.linear, **launched}
 
     def tensor(self, name: str) -> Tensor:
         """See `HeldWeights`."""
         return decoded(*self._stored(name), self.forms(name), self.activation)
 
-    def expert(self, name: str, index: int) -> Tensor:
+    def expert(self, name: str, index: int) -> Tensor | None:
         """See `HeldWeights`: in the type that is computed in, decoded from what kernels take."""
         prefix, part, _ = name.rsplit(".", 2)
         stacks = self.experts(prefix)
-        matrix = getattr(stacks.weights, part.removesuffix("_proj"))
-        result: Tensor = matrix.expert(stacks.format, index)
+        matrix, place = getattr(stacks.weights, part.removesuffix("_proj")), index - stacks.first
+        if not 0 <= place < len(matrix.values):
+            return None
+        result: Tensor = matrix.expert(stacks.format, place)
         return result.to(self.activation)
 
     def experts(self, prefix: str) -> Experts:
@@ -91,8 +102,22 @@ class DeviceWeights:
         return self._stacks[prefix]
 
     def vector(self, binding: WeightBinding) -> Tensor:
-        """A vector in fp32, what is added to it included."""
-        return self.tensor(binding.weight).float() + binding.plus
+        """A vector in fp32, what is added to it included, in the place of the one that is stored."""
+        key = binding.weight, binding.plus
+        if key not in self._vectors:
+            self._vectors[key] = self.tensor(binding.weight).float() + binding.plus
+            del self._dense[binding.weight]
+        return self._vectors[key]
+
+    def bound(self, binding: WeightBinding) -> Tensor:
+        """See `segment_engines.BoundWeights`."""
+        if binding.part == "vector":
+            return self.vector(binding)
+        values, scales = self._stored(binding.weight)
+        if binding.part == "values":
+            return values
+        assert scales is not None
+        return scales
 
     def embedding(self, token_ids: Tensor, name: str) -> Tensor:
         """`Ops.embedding`: of a coded table only the rows that are asked for are decoded."""
@@ -112,15 +137,18 @@ class DeviceWeights:
             return functional.linear(x, self.tensor(name))
         kind, matrix = coded
         rows, columns = self.forms(name).shape
-        result: Tensor = plugin.load("dense", "launch").linear(x, matrix, kind, (rows, columns))
+        dense = plugin.load("dense", "launch")
+        result: Tensor = dense.linear(x, matrix, kind, (rows, columns), self.launcher)
         return result
 
     def load(self, names: list[str], prefixes: list[str]) -> None:
         """Bring all that is named to the device now, experts in the order of layers."""
         for prefix in prefixes:
             self.experts(prefix)
+        vectors = {name for name, _ in self._vectors}
         for name in names:
-            self._stored(name)
+            if name not in vectors:
+                self._stored(name)
 
     def _stored(self, name: str) -> Stored:
         if name not in self._dense:
@@ -142,17 +170,6 @@ class DeviceWeights:
             values, scales = kernel_int4(values, scales)
             del self._dense[name]  # codes are kept once
         return kind, module.Matrix(values[None], scales[None])
-
-
-def kernel_format(form: WeightForm) -> ExpertFormat | None:
-    """The kernels' name for a matrix's codes; None where they have none."""
-    if form.dtype == "int4" and form.block == (1, GROUP) and form.shape[1] % GROUP == 0:
-        return "int4"
-    if form.dtype != "float8_e4m3fn":
-        return None
-    if len(form.scale_shape) == 1:
-        return "fp8_channel"
-    return "fp8_block" if form.block == (GROUP, GROUP) else None
 
 
 def kernel_int4(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ from step35_trt.errors import CorruptInputError
 from step35_trt.gpu_weights import StoredWeights
 from step35_trt.lower import ModelPrograms
 from step35_trt.program import SteppedProgram
+from step35_trt.runtime.leading import follow
 from step35_trt.runtime.placement import Placement
 from step35_trt.runtime.program_torch import TorchExecutor, refuse
 from step35_trt.runtime.program_weights import ProgramWeights, checkpoint_share, stored_share
+from step35_trt.runtime.rank_runner import RankRunner
 from step35_trt.runtime.ranks import Ranks
-from step35_trt.runtime.session_program import ProgramSession, RankRunner
+from step35_trt.runtime.session_program import ProgramSession
+from step35_trt.runtime.torch_segments import TorchSegments
 from step35_trt.sharing import ALONE
 from step35_trt.weight_forms import Forms
 
@@ -67,8 +70,8 @@ def open_program(bundle: Bundle) -> ProgramSession:
     ranks = Ranks.join(torch.device("cpu")) if program.ranks > 1 else None
     stored = StoredWeights(bundle.directory, program.places(here.rank), program.experts, sharing, here.rank)
     runner = _runner(made, stored_share(stored, forms), ranks)
-    if here.rank:
-        runner.follow()
+    if ranks and here.rank:
+        follow(ranks, runner.obey)
     return ProgramSession(
         bundle.config,
         runner,
@@ -80,5 +83,6 @@ def open_program(bundle: Bundle) -> ProgramSession:
 
 def _runner(made: ModelPrograms, share: Share, ranks: Ranks | None) -> RankRunner:
     weights = ProgramWeights(share, made.forms)
-    executor = TorchExecutor(made.segments, weights, ranks.exchange if ranks else refuse)
+    segments = TorchSegments(made.segments, weights)
+    executor = TorchExecutor(segments, weights, ranks.exchange if ranks else refuse)
     return RankRunner(executor, made.programs, ranks)

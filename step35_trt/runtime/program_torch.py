@@ -1,4 +1,4 @@
-"""Programs run by torch: segments said again to the torch dialect, plugins as kernels or by their definition.
+"""Programs run on torch's tensors: segments by whoever runs them, plugins as kernels or by their definition.
 
 For calls of given numbers of tokens and rows a program is bound once: views of one arena whose place does not
 change, and a list of launches over them. Running it decides nothing and waits for nothing, which is what a
@@ -9,29 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.errors import UnsupportedError
-from step35_trt.interpret.executor import layer_spec
 from step35_trt.runtime.program_weights import DTYPES
-from step35_trt.signatures import Vector
-from step35_trt.trace import Value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.dialects.torch import Kernels
-    from step35_trt.segments import Segment
-    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram, WeightBinding
+    from step35_trt.steps import Buffer, CollectiveStep, KernelStep, SegmentStep, StepProgram
 
 # Takes a collective step, this rank's input and where its output goes.
 Exchange = Callable[["CollectiveStep", "Tensor", "Tensor"], None]
 Launch = Callable[["SequenceBatch"], None]
-# A word of `Ops` on tensors.
-Word = Callable[..., "Tensor"]
 
 BUFFERS = DTYPES | {"int64": torch.int64}
 NOBODY = SequenceBatch((), (), ())  # what dense algebra and experts know of sequences
@@ -54,12 +48,17 @@ class StepWeights(Protocol):
         """See `HeldWeights`."""
         ...
 
-    def vector(self, binding: WeightBinding) -> Tensor:
-        """A vector in fp32, what is added to it included."""
-        ...
 
-    def embedding(self, token_ids: Tensor, name: str) -> Tensor:
-        """`Ops.embedding`."""
+class SegmentRunner(Protocol):
+    """Who runs segments: torch (`torch_segments`), or engines (`segment_engines`)."""
+
+    def bind(self, step: SegmentStep, buffers: Mapping[str, Tensor]) -> Callable[[], None]:
+        """What computes a step's outputs from its inputs, where they lie.
+
+        Args:
+            step: With the weights that are its own.
+            buffers: By name; they stay where they are.
+        """
         ...
 
 
@@ -73,18 +72,16 @@ class TorchExecutor:
     """Programs over one set of segments and weights, in one arena.
 
     Attributes:
-        segments: By the key that steps name them by.
+        segments: Runs them.
         weights: What this rank holds.
         exchange: Does a collective with the other ranks.
         kernels: Run the plugins in the definition's place.
-        words: Spellings of words that are better than the definition's where the weights lie; see `Ops`.
     """
 
-    segments: Mapping[str, Segment]
+    segments: SegmentRunner
     weights: StepWeights
     exchange: Exchange = refuse
     kernels: Kernels | None = None
-    words: Mapping[str, Word] = field(default_factory=dict)
     _arena: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _bound: dict[tuple[int, int, int], BoundProgram] = field(default_factory=dict)
 
@@ -148,7 +145,7 @@ class BoundProgram:
         launches = []
         for step in program.steps:
             if step.kind == "segment":
-                launches.append(_segment(executor, step, buffers))
+                launches.append(_segment(executor.segments.bind(step, buffers)))
             elif step.kind == "kernel":
                 launches.append(_kernel(executor, step, buffers))
             else:
@@ -173,36 +170,8 @@ def _view(buffer: Buffer, arena: Tensor, counts: Mapping[str, int]) -> Tensor:
     return flat.view(count, buffer.width) if buffer.width else flat
 
 
-def _segment(executor: TorchExecutor, step: SegmentStep, buffers: Mapping[str, Tensor]) -> Launch:
-    """The calls of the segment that the step shares with others, on the step's own weights."""
-    segment, weights = executor.segments[step.engine], executor.weights
-    alias, ops = segment.alias(), TorchOps(weights, NOBODY)
-    words: dict[str, Word] = {"embedding": weights.embedding, **executor.words}
-
-    def own(argument: Any) -> Any:
-        if isinstance(argument, Vector):
-            return weights.vector(step.weights[alias[argument.name]])
-        return step.weights[alias[argument]].weight if isinstance(argument, str) else argument
-
-    calls = [
-        (
-            words.get(call.word) or getattr(ops, call.word),
-            tuple(map(own, call.arguments)),
-            call.result.index,
-        )
-        for call in segment.calls
-    ]
-    inputs = [(v.index, buffers[step.inputs[f"x{i}"]]) for i, v in enumerate(segment.inputs)]
-    outputs = [(v.index, buffers[step.outputs[f"y{i}"]]) for i, v in enumerate(segment.outputs)]
-
-    def launch(_: SequenceBatch) -> None:
-        values = dict(inputs)
-        for word, arguments, result in calls:
-            values[result] = word(*(values[a.index] if isinstance(a, Value) else a for a in arguments))
-        for index, buffer in outputs:
-            buffer.copy_(values[index])
-
-    return launch
+def _segment(run: Callable[[], None]) -> Launch:
+    return lambda _: run()
 
 
 def _kernel(executor: TorchExecutor, step: KernelStep, buffers: Mapping[str, Tensor]) -> Launch:
@@ -210,7 +179,7 @@ def _kernel(executor: TorchExecutor, step: KernelStep, buffers: Mapping[str, Ten
     inputs, output = [buffers[name] for name in step.inputs], buffers[step.output]
     if call.plugin == "gated_attention":
         gammas = [weights.tensor(name).float() + 1.0 for name in (call.q_gamma, call.k_gamma)]
-        layer, eps = layer_spec(call), call.eps
+        layer, eps = call.layer_spec, call.eps
 
         def attention(batch: SequenceBatch) -> None:
             q, k, v, gate = inputs

@@ -103,7 +103,7 @@ def checkpoint_share(checkpoint: Checkpoint, forms: Forms, sharing: Sharing, ran
         if expert is not None and not sharing.holds(name, expert, forms.shapes[name][0], rank):
             return None
         form = forms(name)
-        return sharing.cut(packed_weight(checkpoint, name, form, expert), name, form, rank)
+        return sharing.cut(packed_weight(checkpoint, name, form, expert), name, rank)
 
     return share
 

@@ -83,10 +83,9 @@ class BundleSource:
     def experts(self, prefix: str) -> Experts:
         """See `WeightSource`."""
         module = plugin.load("sparse_moe", "weights")
-        pairs = (self._pair(f"{prefix}.{part}.weight") for part in EXPERT_PROJECTIONS)
-        return Experts(
-            self.stored.experts[prefix], module.ExpertWeights(*(module.Matrix(*pair) for pair in pairs))
-        )
+        names = [f"{prefix}.{part}.weight" for part in EXPERT_PROJECTIONS]
+        weights = module.ExpertWeights(*(module.Matrix(*self._pair(name)) for name in names))
+        return Experts(self.stored.experts[prefix], weights, self.stored.first(names[0]))
 
     def _pair(self, name: str) -> Stored:
         scales = f"{name}.scales"

@@ -83,14 +83,14 @@ print(status("VmHWM") - base)
 
 
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
-    """Eight layers more are 140 MB more of weights, and no more memory."""
+    """Four layers more are 52 MB more of weights, and no more memory."""
     small = write_checkpoint(tmp_path / "small", raw_config())
     peaks, sizes = [], []
-    for layers in (5, 13):
+    for layers in (5, 9):
         raw = raw_config(layers=layers, hidden_size=512, moe_num_experts=8, moe_intermediate_size=512)
         source = write_checkpoint(tmp_path / f"c{layers}", raw)
         sizes.append(sum(path.stat().st_size for path in source.glob("*.safetensors")))
         command = [sys.executable, "-c", PEAK, small, source]
         peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-    assert sizes[1] > sizes[0] + 100e6
-    assert peaks[1] < peaks[0] + 50e6
+    assert sizes[1] > sizes[0] + 50e6
+    assert peaks[1] < peaks[0] + 25e6
