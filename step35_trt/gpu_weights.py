@@ -8,20 +8,18 @@ too is loaded by mapping a file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from step35_trt.checkpoint import EXPERT_PROJECTIONS, expected_tensors
-from step35_trt.errors import UnsupportedError
+from step35_trt.gpu_forms import experts_of
 from step35_trt.kernels import plugin
 from step35_trt.parallel import in_order
 from step35_trt.program import WeightPlace
-from step35_trt.quantize.formats import Coding
 from step35_trt.sharing import ALONE, Sharing
 from step35_trt.weight_file import WeightFile, file_name
-from step35_trt.weight_forms import NUMPY, Forms, Packed, packed_weight, same_codes
+from step35_trt.weight_forms import NUMPY, Forms, Packed, packed_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,76 +28,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from step35_trt.checkpoint import Checkpoint
-    from step35_trt.config import Step35Config
     from step35_trt.program import ExpertFormat
-    from step35_trt.quantize.recipe import Recipe
     from step35_trt.weight_forms import WeightForm
 
 SUFFIX = ".safetensors"
 THREADS = 2
 PART = 4 << 20  # elements of a matrix that are in memory at a time
 ROW_BLOCK = 128  # rows that share scales in any coding: parts end between them
-GROUP = 128  # values of a row that share a scale where kernels take int4
 T = TypeVar("T")
-FORMATS: dict[Coding, ExpertFormat] = {
-    Coding("int4", GROUP): "int4",
-    Coding("fp8-rows"): "fp8_channel",
-    Coding("fp8-blocks", 128): "fp8_block",
-}
-
-
-def expert_format(codings: Sequence[Coding]) -> ExpertFormat:
-    """The kernels' format of experts whose projections are so coded; bf16 where they have none for it."""
-    found = {FORMATS.get(coding, "bf16") for coding in codings}
-    return found.pop() if len(found) == 1 else "bf16"
-
-
-def deployed_forms(recipe: Recipe, config: Step35Config) -> tuple[Forms, dict[str, ExpertFormat]]:
-    """The forms of a recipe, and the format of each layer's experts.
-
-    Raises:
-        UnsupportedError: the recipe computes in fp32, for which there are no GPU kernels.
-    """
-    if recipe.activations == "fp32":
-        raise UnsupportedError(
-            f"recipe {recipe.name} computes in fp32, and the GPU kernels take bf16 activations",
-            "Name a recipe such as bf16 or int4-awq in the engine.",
-        )
-    shapes = expected_tensors(config)
-    experts: dict[str, ExpertFormat] = {}
-    for layer in config.layers:
-        if layer.moe:
-            prefix = f"{layer.prefix}.moe"
-            names = [f"{prefix}.{part}.weight" for part in EXPERT_PROJECTIONS]
-            experts[prefix] = expert_format([recipe.coding(name, shapes[name]) for name in names])
-
-    def coding(name: str) -> Coding:
-        plain = len(shapes[name]) == 3 and experts[_experts_of(name)] == "bf16"
-        return Coding("bf16") if plain else recipe.coding(name, shapes[name])
-
-    base = Forms.of(recipe, shapes)
-    return replace(base, coding=coding), experts
-
-
-def not_quantised(checkpoint: Checkpoint, forms: Forms) -> str | None:
-    """A weight that the checkpoint has not in the codes of its form, if there is one."""
-    for name in forms.shapes:
-        form = forms(name)
-        if form.scale_dtype is not None and not same_codes(checkpoint.codings[name], form):
-            return name
-    return None
-
-
-def as_kernels_scale(checkpoint: Checkpoint) -> Callable[[str, WeightForm, int | None], Packed]:
-    """A checkpoint's weights in their forms; kernels multiply experts by scales as they are stored."""
-
-    def read(name: str, form: WeightForm, expert: int | None) -> Packed:
-        exact = expert is not None and form.dtype == "int4"
-        return packed_weight(
-            checkpoint, name, replace(form, scale_dtype="float32") if exact else form, expert
-        )
-
-    return read
 
 
 @dataclass(frozen=True)
@@ -125,18 +61,18 @@ class Packing:
             return packed_weight(self.checkpoint, name, form)
         first = rank * (form.shape[0] // self.sharing.ranks) if axis == "rows" else 0
         packed = packed_weight(self.checkpoint, name, form, slice(first + part.start, first + part.stop))
-        return self.sharing.cut(packed, name, form, rank) if axis == "columns" else packed
+        return self.sharing.cut(packed, name, rank) if axis == "columns" else packed
 
     def expert(self, name: str, rank: int, index: int) -> Packed:
         """A rank's share of one matrix of a stack, as the kernels take it."""
         form = self.forms(name)
-        if self.experts.get(_experts_of(name)) != "int4":
+        if self.experts.get(experts_of(name)) != "int4":
             packed = packed_weight(self.checkpoint, name, form, index)
-            return self.sharing.cut(packed, name, form, rank)
+            return self.sharing.cut(packed, name, rank)
         # Two rows a byte, of which no cut takes one alone: kernels want a multiple of 128 both ways.
         rows = np.asarray(self.checkpoint.stored(name)[index])
         scales = np.asarray(self.checkpoint.stored(f"{name}_scale")[index])
-        cut = self.sharing.cut(Packed(rows, scales), name, form, rank)
+        cut = self.sharing.cut(Packed(rows, scales), name, rank)
         assert cut.scales is not None
         return Packed(*plugin.load("sparse_moe", "pack").repack_int4(cut.values, cut.scales))
 
@@ -190,7 +126,7 @@ class GpuWeights:
         self._place(name, rank, *_tensors(form), pack, parts)
 
     def _place_experts(self, name: str, shape: tuple[int, ...], rank: int | None) -> None:
-        kind, (count, n, k) = self.experts.get(_experts_of(name)), shape
+        kind, (count, n, k) = self.experts.get(experts_of(name)), shape
         if kind is None:
             (dtype, values), (scale_dtype, scales) = _tensors(self.sharing.share(self.forms)(name))
         else:
@@ -274,15 +210,19 @@ class StoredWeights:
         scales = self.mapped(f"{name}.scales") if f"{name}.scales" in self.places else None
         if expert is None:
             return Packed(values, scales)
-        dealt = self.sharing.axis(name) == "experts"
-        local = expert - self.rank * len(values) if dealt else expert
+        local = expert - self.first(name)
         assert 0 <= local < len(values), f"{name}: rank {self.rank} has no expert {expert}"
         one, factors = values[local], None if scales is None else scales[local]
-        if self.experts.get(_experts_of(name)) != "int4":
+        if self.experts.get(experts_of(name)) != "int4":
             return Packed(one, factors)
         codes, halves = plugin.load("sparse_moe", "pack").unpack_int4(one, factors)
         # From an offset of half the range to two's complement.
         return Packed((codes[:, 0::2] | codes[:, 1::2] << 4) ^ 0x88, halves)
+
+    def first(self, name: str) -> int:
+        """Which expert is the first in the stack of a projection."""
+        held = self.places[name].shape[0]
+        return self.rank * held if self.sharing.axis(name) == "experts" else 0
 
     def mapped(self, name: str) -> NDArray[np.generic]:
         """A tensor, read-only, of the file itself."""
@@ -297,8 +237,3 @@ def _tensors(form: WeightForm) -> tuple[tuple[str, tuple[int, ...]], tuple[str, 
     if form.dtype == "int4":
         return ("uint8", (*form.shape[:-1], form.shape[-1] // 2)), scales
     return (form.dtype, form.shape), scales
-
-
-def _experts_of(name: str) -> str:
-    """The prefix of a stacked parameter: `P.moe` of `P.moe.up_proj.weight`."""
-    return name.rsplit(".", 2)[0]

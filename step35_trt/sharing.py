@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from step35_trt.errors import UnsupportedError
-from step35_trt.weight_forms import Forms, Packed, WeightForm
+from step35_trt.weight_forms import Forms, Packed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,13 +112,12 @@ class Sharing:
         shapes = {name: cut(name, shape) for name, shape in forms.shapes.items()}
         return Forms(shapes, forms.coding, forms.activation)
 
-    def cut(self, packed: Packed, name: str, form: WeightForm, rank: int) -> Packed:
+    def cut(self, packed: Packed, name: str, rank: int) -> Packed:
         """A rank's share of a whole matrix; whole experts are not cut but held or not (`holds`).
 
         Args:
             packed: The matrix.
             name: Of its parameter.
-            form: Of the whole matrix.
             rank: From 0.
         """
         axis = self.axis(name)

@@ -12,6 +12,7 @@ from step35_trt.errors import UnsupportedError, UsageError
 from step35_trt.evaluate import Difference, differences, evaluate
 from step35_trt.program import SteppedProgram
 from step35_trt.runtime.load import load_text, open_session
+from step35_trt.runtime.placement import check_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,14 +141,15 @@ def compare_program(directory: Path, checkpoint: Path, ids: Sequence[int] | None
         bundle's codes, so that values differ by more than rounding.
 
     Raises:
-        UsageError: an id lies outside the vocabulary.
+        UsageError: an id lies outside the vocabulary, or several processes were started.
         UnsupportedError: the bundle is of another model.
     """
     bundle = Bundle.open(directory)
     if not _for_gpu(bundle):
         return None
+    check_alone(f"verify runs all ranks of {directory} in one process")
     from step35_trt.checkpoint import Checkpoint
-    from step35_trt.gpu_weights import as_kernels_scale, deployed_forms, not_quantised
+    from step35_trt.gpu_forms import as_kernels_scale, deployed_forms, not_quantised
     from step35_trt.interpret.stored import stored_session
     from step35_trt.interpret.verify import compare_steps
     from step35_trt.interpret.weights import FormedWeights

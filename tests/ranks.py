@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 from step35_trt.build import build
 from step35_trt.engine import EngineSpec
+from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +25,17 @@ HOST: dict[str, Any] = {
     "operations": {"fp32": 1e11},
     "link": {"name": "loopback", "bandwidth": 1e9},
 }
+COMMAND = [sys.executable, "-m", "step35_trt"]
 # A clean process that has torch, of which ranks are forked: importing it takes longer than all they do.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["step35_trt.runtime.program_loading", "step35_trt.evaluate", "tests.ranks"])
+_SERVER.set_forkserver_preload(
+    ["step35_trt.runtime.program_loading", "tests.rank_stories", "tests.device_ranks"]
+)
+
+
+def shareable(out: Path) -> Path:
+    """A checkpoint with heads, experts and widths that four ranks can share."""
+    return write_checkpoint(out, raw_config(groups=4, vocab_size=96, layers=5))
 
 
 def shared_bundle(
@@ -54,6 +65,13 @@ def places(ranks: int) -> list[dict[str, str]]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start(command: list[str], place: dict[str, str]) -> subprocess.Popen[str]:
+    """A command as torchrun starts it, what it says to be read."""
+    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | place
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def run_ranks(ranks: int, work: Callable[..., None], *arguments: object) -> list[int | None]:

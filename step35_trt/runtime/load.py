@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from step35_trt.runtime.text import Text
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja")
+NAMES = "Give a checkpoint directory, a hub id, or 'nano'."
 
 
 def resolve_checkpoint(name: str, files: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
@@ -25,13 +26,15 @@ def resolve_checkpoint(name: str, files: tuple[str, ...] = CHECKPOINT_FILES) -> 
     Raises:
         UsageError: nothing of that name can be had.
     """
+    if not name:
+        raise UsageError("the checkpoint's name is empty", NAMES)
     if name == "nano":
         return NANO
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(f"{name} is not a directory", "Give a checkpoint directory, a hub id, or 'nano'.")
+        raise UsageError(f"{name} is not a directory", NAMES)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -82,8 +85,11 @@ def open_session(bundle: Bundle) -> Session:
         return _torch_session(bundle)
     if not isinstance(bundle.program, Program):
         from step35_trt.runtime.gpu import check
+        from step35_trt.runtime.placement import check_size, said_once
 
-        check(bundle)
+        with said_once():
+            check(bundle)
+            check_size(bundle.directory, bundle.program.ranks)
         from step35_trt.runtime.session_cuda import open_cuda
 
         return open_cuda(bundle)
@@ -101,14 +107,15 @@ def open_session(bundle: Bundle) -> Session:
 
 def _torch_session(bundle: Bundle) -> Session:
     from step35_trt.program import SteppedProgram
-    from step35_trt.runtime.placement import check_size
+    from step35_trt.runtime.placement import check_size, said_once
 
     assert isinstance(bundle.program, SteppedProgram)
-    check_size(bundle.directory, bundle.program.ranks)  # before anything slow
-    if find_spec("torch") is None:
-        raise UnsupportedError(
-            f"running {bundle.directory} needs torch", "pip install 'step35-trt[reference]'"
-        )
+    with said_once():  # before anything slow
+        check_size(bundle.directory, bundle.program.ranks)
+        if find_spec("torch") is None:
+            raise UnsupportedError(
+                f"running {bundle.directory} needs torch", "pip install 'step35-trt[reference]'"
+            )
     from step35_trt.runtime.program_loading import open_program
 
     return open_program(bundle)
@@ -133,6 +140,6 @@ def load_reference(directory: Path) -> Session:
 def load_any(name: str) -> Session:
     """A bundle where there is a manifest, else a checkpoint."""
     path = Path(name)
-    if (path / MANIFEST).is_file() or staging(path).is_dir():
+    if name and ((path / MANIFEST).is_file() or staging(path).is_dir()):
         return open_bundle(path)
     return load_reference(resolve_checkpoint(name))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from step35_trt.errors import UsageError
+from step35_trt.errors import Step35Error, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,23 +48,52 @@ class Placement:
         return cls(rank, size, local)
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """While what is wrong would be so for all processes: only the first says it, and all end the same way.
+
+    Raises:
+        Step35Error: as it came.
+        SystemExit: in all processes but the first, with the exit code of the error.
+    """
+    here = Placement.here()
+    try:
+        yield
+    except Step35Error as error:
+        if here.rank:
+            sys.exit(error.exit_code)
+        raise
+
+
 def check_size(directory: Path, ranks: int) -> None:
-    """See that a bundle of `ranks` ranks has as many processes; of several only the first complains.
+    """See that a bundle of `ranks` ranks has as many processes.
 
     Raises:
         UsageError: it has not.
-        SystemExit: likewise, with the same exit code, in the other processes.
     """
     here = Placement.here()
     if here.size == ranks:
         return
-    if here.rank:
-        sys.exit(UsageError.exit_code)
     start = f"torchrun --nproc-per-node {ranks} -m step35_trt" if ranks > 1 else "step35-trt"
     raise UsageError(
         f"{directory} is for {_count(ranks)}, and {_count(here.size)} started it",
         f"{start} generate {directory} --prompt TEXT",
     )
+
+
+def check_alone(work: str) -> None:
+    """See that this is the only process; of several only the first complains.
+
+    Args:
+        work: Why it has to be, such as `verify runs all ranks itself`.
+
+    Raises:
+        UsageError: it is not.
+        SystemExit: likewise, in the other processes.
+    """
+    with said_once():
+        if (size := Placement.here().size) > 1:
+            raise UsageError(f"{work}, and {_count(size)} started it", "Start it once, without torchrun.")
 
 
 def _count(processes: int) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from step35_trt.steps import CollectiveStep
 
 JOIN = timedelta(seconds=60)  # for the last process to come
+KNOCK = 1.0  # seconds for a try to reach the first
 STALLED = timedelta(minutes=5)  # a step's slowest exchange: the first step reads the weights from the disk
 FOREVER = timedelta(days=365)  # an order may be long in coming
 ORDER = 256  # numbers of an order that go in one piece: all of a decoding step
@@ -67,10 +70,14 @@ class Ranks:
     _idle: bool = True  # the others wait for an order
     _parted: bool = False
     _code: int = RankLostError.exit_code
+    _before: list[Callable[[], object]] = field(default_factory=list)
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Meet the others; returns when all are there.
+
+        Args:
+            device: Where this one computes; the current one, if it is a GPU.
 
         Raises:
             UsageError: the environment does not say who this process is.
@@ -80,12 +87,22 @@ class Ranks:
         rank, size = place.rank, place.size
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
+            if rank:
+                _knock()
             dist.init_process_group("gloo", timeout=JOIN, rank=rank, world_size=size)
             steps = dist.new_group(backend=backend, timeout=STALLED)
             orders, watch = (dist.new_group(backend="gloo", timeout=FOREVER) for _ in range(2))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise RankLostError(
                 f"rank {rank} waited {JOIN.seconds} s for all {size} ranks to come",
+                f"What ended the waiting: {str(error).splitlines()[0]}",
+            ) from None
+        try:
+            # NCCL connects in its first exchange, which may not be one that is being recorded.
+            dist.all_reduce(torch.zeros(1, device=device), group=steps)
+        except RuntimeError as error:
+            raise RankLostError(
+                f"rank {rank} cannot exchange anything with the others over {backend}",
                 f"torch.distributed says: {str(error).splitlines()[0]}",
             ) from None
         ranks = cls(rank, size, steps, orders, watch)
@@ -109,9 +126,12 @@ class Ranks:
             output.copy_(given)
             self._do(lambda: dist.all_reduce(output, group=self.steps))
             return
-        parts = given.new_empty(self.size, *given.shape)
-        self._do(lambda: dist.all_gather(list(parts), given, group=self.steps))
-        output.view(len(given), self.size, -1).copy_(parts.transpose(0, 1))
+        # One token's parts lie side by side as they come.
+        parts = output if len(given) == 1 else torch.empty_like(output)
+        self._do(lambda: dist.all_gather_single(parts.view(-1), given.view(-1), group=self.steps))
+        if parts is not output:
+            by_rank = parts.view(self.size, len(given), -1)
+            output.view(len(given), self.size, -1).copy_(by_rank.transpose(0, 1))
 
     def share(self, value: Tensor) -> None:
         """Rank 0's value for all."""
@@ -155,8 +175,14 @@ class Ranks:
             sys.stderr.flush()
             os._exit(self._code)
 
+    def before_parting(self, release: Callable[[], object]) -> None:
+        """Have something called before groups are given up: NCCL waits for the end of every recording."""
+        self._before.append(release)
+
     def part(self) -> None:
         """Leave together, so that nobody takes it for a loss."""
+        for release in self._before:
+            release()
         for peer in self._peers:
             self._do(partial(dist.send, torch.ones(1), peer, group=self.watch))
         for thread in self._watchers:
@@ -220,3 +246,20 @@ class Ranks:
             f"rank {self._lost} of {self.size} has ended, and the others end with it",
             "Its own message, where it had one, says why; start all of them again.",
         )
+
+
+def _knock() -> None:
+    """Wait until the first process, or torchrun, listens: the library itself takes twice its time for that.
+
+    Raises:
+        OSError: it does not.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    end = time.monotonic() + JOIN.seconds
+    while True:
+        try:
+            return socket.create_connection(address, KNOCK).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(KNOCK / 10)

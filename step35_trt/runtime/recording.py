@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -29,6 +30,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`; when it returns, the device has done the work."""
@@ -40,9 +42,17 @@ class GraphRecorder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Only this thread is held to what a recording allows: NCCL's own looks at events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
+        self._graphs.add(graph)
         graph.replay()  # capturing ran nothing
         torch.cuda.synchronize(self.device)
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def release(self) -> None:
+        """Give up all recordings; nothing can be replayed afterwards."""
+        torch.cuda.synchronize(self.device)
+        for graph in self._graphs:
+            graph.reset()

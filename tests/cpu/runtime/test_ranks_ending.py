@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from step35_trt.errors import UsageError
+from step35_trt.errors import RankLostError, UsageError
 from step35_trt.resources import NANO
+from step35_trt.runtime import ranks
 from step35_trt.runtime.load import open_bundle
-from tests.ranks import places, shared_bundle
+from tests.rank_stories import BOTH
+from tests.ranks import COMMAND, places, shared_bundle, start
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
-RUN = [sys.executable, "-m", "step35_trt", "generate"]
+RUN = [*COMMAND, "generate"]
 LONG = ["--prompt-ids", "7,8,9", "--max-tokens", "100000", "--json"]
-PAIR = {"attention": "tensor", "experts": "expert", "mlp": "tensor", "head": "tensor"}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano for two processes."""
-    return shared_bundle(NANO, tmp_path_factory.mktemp("pair") / "bundle", 2, **PAIR)
+    return shared_bundle(NANO, tmp_path_factory.mktemp("pair") / "bundle", 2, **BOTH)
 
 
 @pytest.fixture
@@ -39,12 +44,6 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def start(command: list[str], place: dict[str, str]) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | place
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def in_the_middle(bundle: Path, *processes: int) -> bool:
@@ -123,6 +122,26 @@ def test_only_the_first_process_complains(pair: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as caught:
         open_bundle(pair)
     assert caught.value.code == UsageError.exit_code
+
+
+def test_the_first_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it listens; the library would wait as long again."""
+    place = places(2)[1]
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "JOIN", timedelta(seconds=1))
+    met = pytest.fail.Exception("both are there")
+
+    def meet(*_: object, **__: object) -> None:
+        raise met
+
+    monkeypatch.setattr(dist, "init_process_group", meet)
+    with pytest.raises(RankLostError) as caught:
+        ranks.Ranks.join(torch.device("cpu"))
+    assert caught.value.message == "rank 1 waited 1 s for all 2 ranks to come"
+    server = socket.create_server(("127.0.0.1", int(place["MASTER_PORT"])))
+    with server, pytest.raises(pytest.fail.Exception, match="both are there"):
+        ranks.Ranks.join(torch.device("cpu"))
 
 
 def test_one_process_needs_no_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
