@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,6 +10,7 @@ from step35_trt.hardware import Hardware
 from step35_trt.resources import load_yaml
 
 Target = Literal["cpu", "torch", "tensorrt-rtx", "tensorrt"]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Parallelism(BaseModel):
@@ -31,10 +32,10 @@ class EngineSpec(BaseModel):
 
     `hardware` names a file of `engines/hardware/` and is kept whole, so that a bundle says what it was made
     for; an engine runs on `devices` of it. `max_tokens` bounds prompt and answer of a sequence together
-    (absent: what the model was trained for), `max_sequences` those of that length that run at once. On a CPU
-    `cache_tokens` is what all sequences, of any length, have together (absent: what `max_sequences` of the
-    greatest length take), and nothing else bounds how many run; `prefill_chunk` is the
-    most tokens run in one call; `draft_tokens` the most MTP modules used.
+    (absent: what the model was trained for), `max_sequences` those that run at once. `cache_tokens` is what
+    all sequences, of any length, have together (absent: what `max_sequences` of the greatest length take);
+    on a CPU nothing else bounds how many run. `prefill_chunk` is the most tokens run in one call;
+    `draft_tokens` the most MTP modules used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,13 +43,13 @@ class EngineSpec(BaseModel):
     summary: str
     target: Target
     hardware: Hardware | None = None
-    devices: int = Field(default=1, gt=0)
+    devices: Count = 1
     parallelism: Parallelism = Parallelism()
     recipe: str
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_sequences: int = Field(default=1, gt=0)
-    cache_tokens: int | None = Field(default=None, gt=0)
-    prefill_chunk: int = Field(default=512, gt=0)
+    max_tokens: Count | None = None
+    max_sequences: Count = 1
+    cache_tokens: Count | None = None
+    prefill_chunk: Count = 512
     draft_tokens: int = Field(default=3, ge=0)
 
     @field_validator("hardware", mode="before")

@@ -6,13 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from step35_trt.errors import UsageError
+from step35_trt.plan import weight_cost
 from step35_trt.plan.parameters import MTP_GROUPS, Group, parameters
+from step35_trt.plan.splits import Shares
+from step35_trt.quantize.recipe import Recipe
+from step35_trt.runtime.cache_extent import Extent
 
 if TYPE_CHECKING:
     from step35_trt.config import LayerSpec, Step35Config
     from step35_trt.engine import EngineSpec
-    from step35_trt.plan.coding import Coder
-    from step35_trt.plan.splits import Shares
+    from step35_trt.hardware import Hardware
+    from step35_trt.plan.weight_cost import CostOf
 
 WORKSPACE_FORMULA = (
     "tokens of a call x the widest layer's buffers (residual and normed hidden; q, k, v, gate and output of "
@@ -63,7 +68,9 @@ class Footprint:
 
     Attributes:
         config: The model.
-        spec: The engine; its hardware is known.
+        spec: The engine.
+        hardware: The engine's, which is known.
+        cost_of: What each tensor costs.
         shares: What a device holds.
         weights: By group.
         kv_bytes: Of one number in a KV cache.
@@ -72,6 +79,8 @@ class Footprint:
 
     config: Step35Config
     spec: EngineSpec
+    hardware: Hardware
+    cost_of: CostOf
     shares: Shares
     weights: tuple[GroupBytes, ...]
     kv_bytes: int
@@ -79,16 +88,39 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, config: Step35Config, spec: EngineSpec, coder: Coder, shares: Shares, kv_bytes: int
+        cls, config: Step35Config, spec: EngineSpec, cost_of: CostOf, shares: Shares, kv_bytes: int
     ) -> Footprint:
-        """The footprint of an engine whose tensors have the given forms."""
-        activation_bytes = 4 if spec.target == "cpu" else 2
-        return cls(config, spec, shares, weigh(config, coder, shares), kv_bytes, activation_bytes)
+        """The footprint of an engine whose tensors cost what is given.
 
-    def at(self, context: int, sequences: int, drafts: int) -> Memory:
-        """Memory of one device with so many sequences of so many tokens, drafting with `drafts` modules."""
-        hardware = self.spec.hardware
-        assert hardware is not None
+        Raises:
+            UsageError: the engine names no hardware.
+        """
+        if spec.hardware is None:
+            raise UsageError(f"engine {spec.name} names no hardware to plan for")
+        weights, activation_bytes = weigh(config, cost_of, shares), 4 if spec.target == "cpu" else 2
+        return cls(config, spec, spec.hardware, cost_of, shares, weights, kv_bytes, activation_bytes)
+
+    @classmethod
+    def of_engine(cls, config: Step35Config, spec: EngineSpec) -> Footprint:
+        """The footprint of an engine by its recipe and parallelism.
+
+        Raises:
+            UsageError: the engine names no hardware, or a recipe that there is not.
+        """
+        recipe = Recipe.load(spec.recipe)
+        cost_of = weight_cost.of_recipe(recipe, cpu=spec.target == "cpu")
+        shares = Shares.of(config, spec.parallelism, spec.devices, cost_of)
+        return cls.of(config, spec, cost_of, shares, weight_cost.kv_value_bytes(recipe))
+
+    def at(self, context: int, sequences: int, drafts: int, cached: int | None = None) -> Memory:
+        """Memory of one device.
+
+        Args:
+            context: Tokens of a sequence at most.
+            sequences: How many.
+            drafts: MTP modules that draft.
+            cached: Tokens of all sequences together (absent: all of the greatest length).
+        """
         modules = self.config.mtp_layers[:drafts]
         decoder = sum(w.on_device for w in self.weights if w.group not in MTP_GROUPS)
         all_modules = sum(w.on_device for w in self.weights if w.group in MTP_GROUPS)
@@ -96,17 +128,26 @@ class Footprint:
         items = [
             Item("weights", decoder),
             Item(f"MTP modules ({drafts})", round(all_modules * share)),
-            Item("KV cache", self.kv(self.config.layers, context, sequences)),
-            Item("KV cache of the MTP modules", self.kv(modules, context, sequences)),
+            Item("KV cache", self.caches(self.config.layers, context, sequences, cached)),
+            Item("KV cache of the MTP modules", self.caches(modules, context, sequences, cached)),
             Item("workspace", self.workspace(sequences, drafts)),
-            *(Item(what, nbytes) for what, nbytes in hardware.reserved.items()),
+            *(Item(what, nbytes) for what, nbytes in self.hardware.reserved.items()),
         ]
-        return Memory(tuple(items), hardware.memory)
+        return Memory(tuple(items), self.hardware.memory)
 
     def kv(self, layers: tuple[LayerSpec, ...], context: int, sequences: int) -> int:
-        """Bytes of keys and values on one device; a window layer holds its window (specification 7.1)."""
+        """Bytes of keys and values that sequences see, on one device (specification 7.1)."""
         rows = kv_bytes(layers, context, self.kv_bytes)
         return math.ceil(sequences * rows * self.shares.kv)
+
+    def caches(
+        self, layers: tuple[LayerSpec, ...], context: int, sequences: int, cached: int | None = None
+    ) -> int:
+        """Bytes that are held for keys and values on one device; a GPU takes its pages when it starts."""
+        if self.spec.target in ("cpu", "torch"):
+            return self.kv(layers, context, sequences)
+        extent = Extent(sequences, context, min(self.spec.prefill_chunk, context), cached)
+        return math.ceil(extent.nbytes(layers, self.kv_bytes) * self.shares.kv)
 
     def workspace(self, sequences: int, drafts: int) -> int:
         """Bytes between operations, see `WORKSPACE_FORMULA`."""
@@ -121,12 +162,12 @@ class Footprint:
         return tokens * (2 * c.hidden_size + widest) * self.activation_bytes + verified * c.vocab_size * 4
 
 
-def weigh(config: Step35Config, coder: Coder, shares: Shares) -> tuple[GroupBytes, ...]:
+def weigh(config: Step35Config, cost_of: CostOf, shares: Shares) -> tuple[GroupBytes, ...]:
     """Stored bytes of every group, in the model's order."""
     whole: dict[Group, int] = {}
     device: dict[Group, float] = {}
     for parameter in parameters(config):
-        nbytes = coder(parameter).nbytes(parameter.shape)
+        nbytes = cost_of(parameter).nbytes(parameter.shape)
         whole[parameter.group] = whole.get(parameter.group, 0) + nbytes
         part = nbytes * shares.of_parameter(parameter)
         device[parameter.group] = device.get(parameter.group, 0.0) + part

@@ -61,11 +61,11 @@ def _caches(plan: Plan) -> Figure:
     counts = (1, 8, 64)
 
     def size(context: int, sequences: int) -> float:
-        return footprint.kv(config.layers, context, sequences) / GB
+        return footprint.caches(config.layers, context, sequences) / GB
 
     # What is not cache does not depend on the context.
     least = footprint.at(1, 1, limits.drafts)
-    room = (least.free + footprint.kv(config.layers, 1, 1)) / GB
+    room = (least.free + footprint.caches(config.layers, 1, 1)) / GB
     series = [
         chart.Line(
             several(count, "sequence"),

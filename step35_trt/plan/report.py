@@ -23,6 +23,8 @@ def heading(plan: Plan) -> str:
     """What is planned, in a line."""
     spec, limits = plan.spec, plan.limits
     load = f"{several(limits.sequences, 'sequence')} of {limits.context:,} tokens"
+    if limits.cached:
+        load += f", {limits.cached:,} together"
     drafts = several(limits.drafts, "MTP module")
     return f"{spec.devices} x {plan.hardware.name}, recipe {spec.recipe}; {load}, {drafts}"
 
@@ -224,8 +226,7 @@ def _build(build: BuildEstimate) -> Table:
         seconds = "on the target" if part.later else "not measured"
         if part.seconds is not None:
             seconds = _time(part.seconds)
-        count = "not known" if part.count is None else str(part.count)
-        rows.append((part.what, count, _gb(part.nbytes), seconds))
+        rows.append((part.what, str(part.count), _gb(part.nbytes), seconds))
     rows.append(("all", "", _gb(build.nbytes), _time(build.seconds)))
     return Table(
         "Disk and time of a build, projected",

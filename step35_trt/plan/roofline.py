@@ -17,8 +17,7 @@ from step35_trt.plan.parameters import MTP_GROUPS, parameters
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from step35_trt.hardware import Arithmetic, Hardware
-    from step35_trt.plan.coding import Coder
+    from step35_trt.hardware import Arithmetic
     from step35_trt.plan.memory import Footprint
 
 ALL_REDUCES_A_LAYER = 2  # after attention and after the feed-forward part
@@ -97,31 +96,29 @@ class Roofline:
 
     Attributes:
         footprint: What a device holds.
-        hardware: Its published rates.
         bandwidth: Bytes per second that are reckoned with.
         decoder_work: Multiply-adds of a token's products on one device, twice, by arithmetic.
         modules_work: The same for all MTP modules together.
     """
 
     footprint: Footprint
-    hardware: Hardware
     bandwidth: float
     decoder_work: Mapping[Arithmetic, float]
     modules_work: Mapping[Arithmetic, float]
 
     @classmethod
-    def of(cls, footprint: Footprint, coder: Coder, hardware: Hardware, bandwidth: float) -> Roofline:
-        """The roofline of an engine whose tensors have the given forms."""
+    def of(cls, footprint: Footprint, bandwidth: float) -> Roofline:
+        """The roofline of an engine at so many bytes per second."""
         config = footprint.config
         decoder: dict[Arithmetic, float] = {}
         modules: dict[Arithmetic, float] = {}
         for p in parameters(config):
             if p.group != "embedding" and len(p.shape) > 1:
                 used = config.moe_top_k / config.moe_num_experts if p.group == "routed experts" else 1.0
-                work, kind = modules if p.group in MTP_GROUPS else decoder, coder(p).arithmetic
+                work, kind = modules if p.group in MTP_GROUPS else decoder, footprint.cost_of(p).arithmetic
                 amount = 2 * p.count * used * footprint.shares.of_parameter(p)
                 work[kind] = work.get(kind, 0.0) + amount
-        return cls(footprint, hardware, bandwidth, decoder, modules)
+        return cls(footprint, bandwidth, decoder, modules)
 
     def step(self, sequences: int, context: int, drafts: int, acceptance: Sequence[float]) -> Step:
         """A step of so many sequences with so many tokens each."""
@@ -168,16 +165,16 @@ class Roofline:
             *self.decoder_work.items(),
             *((kind, work * self._modules_used(drafts)) for kind, work in self.modules_work.items()),
         ]
-        return tokens * sum(work / self.hardware.rate(kind) for kind, work in parts)
+        return tokens * sum(work / self.footprint.hardware.rate(kind) for kind, work in parts)
 
     def _modules_used(self, drafts: int) -> float:
         return drafts / len(self.footprint.config.mtp_layers) if drafts else 0.0
 
     def _link(self, tokens: int, drafts: int) -> float:
         """Seconds of all-reduces at the link's bandwidth (a ring sends 2 (R - 1) / R of the bytes)."""
-        shares, config = self.footprint.shares, self.footprint.config
-        if not shares.collectives or self.hardware.link is None:
+        shares, config, link = self.footprint.shares, self.footprint.config, self.footprint.hardware.link
+        if not shares.collectives or link is None:
             return 0.0
         layers = len(config.layers) + drafts
         sent = tokens * layers * ALL_REDUCES_A_LAYER * config.hidden_size * ALL_REDUCE_BYTES
-        return sent * 2 * (shares.ranks - 1) / shares.ranks / self.hardware.link.bandwidth
+        return sent * 2 * (shares.ranks - 1) / shares.ranks / link.bandwidth

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from step35_trt.engine import Parallelism
-from step35_trt.plan.coding import FP8_BLOCKS
 from step35_trt.plan.parameters import parameters
+from step35_trt.plan.weight_cost import FP8_BLOCKS
 
 if TYPE_CHECKING:
     from step35_trt.config import Step35Config
-    from step35_trt.plan.coding import Coder, Coding
     from step35_trt.plan.parameters import Parameter
+    from step35_trt.plan.weight_cost import CostOf, WeightCost
 
 Part = Literal[
     "attention", "routed experts", "routed experts in official FP8", "shared expert", "dense MLP", "head"
@@ -42,7 +42,7 @@ def attention_refusal(config: Step35Config, ranks: int) -> str:
     return f"{heads} KV heads do not divide by {ranks}" if heads % ranks else ""
 
 
-def width_refusal(width: int, ranks: int, up: Coding, down: Coding) -> str:
+def width_refusal(width: int, ranks: int, up: WeightCost, down: WeightCost) -> str:
     """Why a SwiGLU's width cannot be cut: rows of gate and up, columns of down (specification 8.5)."""
     if width % ranks:
         return f"width {width} does not divide by {ranks}"
@@ -81,7 +81,7 @@ class Shares:
     splits: tuple[Split, ...]
 
     @classmethod
-    def of(cls, config: Step35Config, parallelism: Parallelism, ranks: int, coder: Coder) -> Shares:
+    def of(cls, config: Step35Config, parallelism: Parallelism, ranks: int, cost_of: CostOf) -> Shares:
         """The shares of an engine."""
         wanted: list[tuple[Part, str]] = [
             ("attention", parallelism.attention),
@@ -90,7 +90,7 @@ class Shares:
             ("dense MLP", parallelism.mlp),
             ("head", parallelism.head),
         ]
-        every = possible_splits(config, (ranks,), coder)
+        every = possible_splits(config, (ranks,), cost_of)
         chosen = [s for part, way in wanted for s in every if (s.part, s.way) == (part, way)]
         return cls(ranks, config, parallelism, tuple(chosen) if ranks > 1 else ())
 
@@ -116,13 +116,13 @@ class Shares:
         return any(not split.refusal for split in self.splits)
 
 
-def possible_splits(config: Step35Config, ranks: tuple[int, ...], coder: Coder) -> tuple[Split, ...]:
+def possible_splits(config: Step35Config, ranks: tuple[int, ...], cost_of: CostOf) -> tuple[Split, ...]:
     """Every way to share every part over each number of ranks, with the reason where it is refused."""
-    forms: dict[str, dict[str, Coding]] = {}
+    forms: dict[str, dict[str, WeightCost]] = {}
     for parameter in parameters(config):
         if parameter.name.endswith("_proj.weight"):
             projection = parameter.name.split(".")[-2]
-            forms.setdefault(parameter.group, {}).setdefault(projection, coder(parameter))
+            forms.setdefault(parameter.group, {}).setdefault(projection, cost_of(parameter))
     found: list[Split] = []
     for count in ranks:
         found.append(Split("attention", "tensor", count, attention_refusal(config, count)))

@@ -28,20 +28,21 @@ class Prefixes:
     """Keys of the pages of a token sequence, made as far as they are asked for."""
 
     tokens: list[int]
+    page_rows: int = PAGE_ROWS
     _digests: list[bytes] = field(default_factory=list)
 
     def of(self, tokens: list[int], pages: int) -> Prefixes:
         """Those of other tokens that share so many pages."""
-        return Prefixes(tokens, self._digests[:pages])
+        return Prefixes(tokens, self.page_rows, self._digests[:pages])
 
     def key(self, page: int, ahead: int) -> bytes:
         """The key of a page whose rows look `ahead` tokens ahead; those tokens must be settled."""
         while len(self._digests) <= page:
-            start = len(self._digests) * PAGE_ROWS
+            start = len(self._digests) * self.page_rows
             before = self._digests[-1] if self._digests else b""
-            part = _bytes(self.tokens[start : start + PAGE_ROWS])
+            part = _bytes(self.tokens[start : start + self.page_rows])
             self._digests.append(hashlib.blake2b(before + part, digest_size=32).digest())
-        end = (page + 1) * PAGE_ROWS
+        end = (page + 1) * self.page_rows
         return self._digests[page] + _bytes(self.tokens[end : end + ahead])
 
 
@@ -71,6 +72,11 @@ class CachedRows:
         """How many there are."""
         return len(self.tokens)
 
+    @property
+    def page_rows(self) -> int:
+        """Rows of a page."""
+        return self.tables[0].pool.page_rows if self.tables else PAGE_ROWS
+
     def append(self, token_ids: Ids) -> None:
         """Count the rows of a call that has been run. Of a long one only the last few can be taken back."""
         before = self.length
@@ -80,7 +86,7 @@ class CachedRows:
     def truncate(self, length: int) -> None:
         """Forget rows at and after `length`, which lie in the latest call."""
         there = all(table.needed_from(length) >= table.first for table in self.tables)
-        possible = there and self._registered * PAGE_ROWS <= length <= self.length
+        possible = there and self._registered * self.page_rows <= length <= self.length
         assert possible, "only the latest call's last rows can be taken back"
         del self.tokens[length:]
         self.settled = min(self.settled, length)
@@ -98,8 +104,8 @@ class CachedRows:
         (a refused draft that was left in its cache) is of use to nobody.
         """
         known = min(self.settled, decoder.settled - self.ahead)
-        while (self._registered + 1) * PAGE_ROWS <= known:
-            start, end = self._registered * PAGE_ROWS, (self._registered + 1) * PAGE_ROWS
+        while (self._registered + 1) * self.page_rows <= known:
+            start, end = self._registered * self.page_rows, (self._registered + 1) * self.page_rows
             if self.tokens[start:end] != decoder.tokens[start + self.ahead : end + self.ahead]:
                 return
             for table in self.tables:
@@ -121,11 +127,11 @@ class CachedRows:
     def begin_with(self, pages: int, prefixes: Prefixes) -> None:
         """Start with so many pages of a prompt, all of which `reusable_pages` found."""
         for table in self.tables:
-            first = table.needed_from(pages * PAGE_ROWS)
+            first = table.needed_from(pages * self.page_rows)
             found = [table.pool.find(prefixes.key(page, self.ahead)) for page in range(first, pages)]
             table.adopt(first, [page for page in found if page is not None])
             assert table.count == pages
-        end = pages * PAGE_ROWS
+        end = pages * self.page_rows
         self.tokens = prefixes.tokens[self.ahead : end + self.ahead]
         self.settled, self._registered = end, pages
 
@@ -150,5 +156,5 @@ def _fits(table: PageTable, ahead: int, prefixes: Prefixes, most: int) -> np.nda
         run = run + 1 if table.pool.find(prefixes.key(page, ahead)) is not None else 0
         if not run and not table.window:
             break
-        result[page] = run > page - table.needed_from((page + 1) * PAGE_ROWS)
+        result[page] = run > page - table.needed_from((page + 1) * prefixes.page_rows)
     return result

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from step35_trt.runtime.graph_onnx import CachedGraph, inference_session
 from step35_trt.runtime.kv_pages import PAGE_ROWS, pages_for
-from step35_trt.runtime.kv_rows import CachedRows, Prefixes, reusable_pages
+from step35_trt.runtime.kv_sequence import SequenceRows
+from step35_trt.runtime.orders import DECODER
 from step35_trt.runtime.packing import Packed, check_context
 from step35_trt.runtime.session import Call, Capacity
 
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from step35_trt.config import Step35Config
-    from step35_trt.program import Program, Segment
+    from step35_trt.program import Program
     from step35_trt.runtime.session import Floats, Ids, Step
-
-DECODER = -1
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,15 @@ class OnnxSession:
     prefill_chunk: int
     _loaded: dict[int, CachedGraph] = field(default_factory=dict)
 
-    def graph(self, module: int) -> CachedGraph:
-        """A module's graph, or the `DECODER`'s."""
-        if module not in self._loaded:
-            segment = self._segment(module)
+    def graph(self, number: int) -> CachedGraph:
+        """The `DECODER`'s, or k + 1 for MTP module k."""
+        if number not in self._loaded:
+            segment = (self.program.mtp[number - 1] if number else self.program.decoder)[0]
             library = self.directory / segment.library if segment.library else None
             graph = inference_session(self.directory / segment.file, library)
             rows = pages_for(self.cache_tokens) * PAGE_ROWS
-            self._loaded[module] = CachedGraph(graph, segment.caches, module + 1, rows, self.config)
-        return self._loaded[module]
-
-    def _segment(self, module: int) -> Segment:
-        return (self.program.decoder if module == DECODER else self.program.mtp[module])[0]
+            self._loaded[number] = CachedGraph(graph, segment.caches, number, rows, self.config)
+        return self._loaded[number]
 
     @property
     def capacity(self) -> Capacity:
@@ -67,8 +63,8 @@ class OnnxSession:
         """See `Session`."""
         sequence = OnnxSequence(self)
         if prompt_ids is not None:
-            modules = len(self.program.mtp) if modules is None else modules
-            sequence.begin_with(prompt_ids.tolist(), range(modules))
+            every = len(self.program.mtp)
+            sequence.held.begin_with(prompt_ids.tolist(), every if modules is None else modules)
         return sequence
 
     def decode(self, calls: SequenceOf[Call]) -> list[Step]:
@@ -77,16 +73,16 @@ class OnnxSession:
 
     def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
         """See `Session`."""
-        return self._run(module, calls)
+        return self._run(1 + module, calls)
 
-    def _run(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
+    def _run(self, graph: int, calls: SequenceOf[Call]) -> list[Step]:
         sequences = [_own(call, self) for call in calls]
-        held = [sequence.rows(module) for sequence in sequences]
+        held = [sequence.held.of(graph) for sequence in sequences]
         check_context(calls, [rows.length for rows in held], self.max_tokens)
-        steps = self.graph(module).run(held, Packed.of(calls))
+        steps = self.graph(graph).run(held, Packed.of(calls))
         for sequence, rows, call in zip(sequences, held, calls, strict=True):
             rows.append(call.token_ids)
-            sequence.settled(rows)
+            sequence.held.settled(rows)
         return steps
 
 
@@ -95,36 +91,12 @@ class OnnxSequence:
 
     def __init__(self, session: OnnxSession) -> None:
         self.session = session
-        self._closed = False
-        self._rows: dict[int, CachedRows] = {}
-        self._decoder = self.rows(DECODER)
-        self._prefixes = Prefixes(self._decoder.tokens)
-
-    def rows(self, module: int) -> CachedRows:
-        """Those of a module, or of the `DECODER`."""
-        assert not self._closed, "the sequence is closed"
-        if module not in self._rows:
-            self._rows[module] = self.session.graph(module).rows()
-        return self._rows[module]
-
-    def begin_with(self, prompt: list[int], modules: range) -> None:
-        """Take over what is cached of a prompt; the sequence is empty (see `Session.open`)."""
-        graphs, prefixes = [self.rows(module) for module in (DECODER, *modules)], Prefixes(prompt)
-        left = max(len(modules), 1)
-        pages = reusable_pages(graphs, prefixes, max(len(prompt) - left, 0) // PAGE_ROWS)
-        for rows in graphs:
-            rows.begin_with(pages, prefixes)
-        self._prefixes = prefixes.of(self._decoder.tokens, pages)
-
-    def settled(self, rows: CachedRows) -> None:
-        """Of rows just run: make findable what cannot be taken back, and give back what nobody will see."""
-        rows.register(self._decoder, self._prefixes)
-        rows.drop()
+        self.held = SequenceRows(lambda graph: session.graph(graph).rows())
 
     @property
     def length(self) -> int:
         """See `Sequence`."""
-        return self._decoder.length
+        return self.held.length(DECODER)
 
     def decode(self, token_ids: Ids, rows: Ids) -> Step:
         """See `Sequence`."""
@@ -132,11 +104,11 @@ class OnnxSequence:
 
     def truncate(self, length: int) -> None:
         """See `Sequence`."""
-        self._decoder.truncate(length)
+        self.held.of(DECODER).truncate(length)
 
     def draft_length(self, module: int) -> int:
         """See `Sequence`."""
-        return self._rows[module].length if module in self._rows else 0
+        return self.held.length(1 + module)
 
     def draft(self, module: int, token_ids: Ids, hidden: Floats, rows: Ids) -> Step:
         """See `Sequence`."""
@@ -144,18 +116,11 @@ class OnnxSequence:
 
     def truncate_draft(self, module: int, length: int) -> None:
         """See `Sequence`."""
-        self._rows[module].truncate(length)
+        self.held.of(1 + module).truncate(length)
 
     def close(self) -> None:
         """See `Sequence`; what it leaves behind can be found until its pages are needed."""
-        if self._closed:
-            return
-        self._closed = True
-        for rows in self._rows.values():
-            rows.settle()
-        for rows in self._rows.values():
-            rows.register(self._decoder, self._prefixes)
-            rows.close()
+        self.held.close()
 
     def __del__(self) -> None:
         self.close()

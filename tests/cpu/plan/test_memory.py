@@ -14,7 +14,7 @@ from safetensors import safe_open
 from step35_trt.build import build
 from step35_trt.config import Step35Config
 from step35_trt.engine import EngineSpec
-from step35_trt.plan import coding
+from step35_trt.plan import weight_cost
 from step35_trt.plan.memory import Footprint, kv_bytes, weigh
 from step35_trt.plan.parameters import Parameter, parameters
 from step35_trt.plan.plan import make_plan
@@ -66,7 +66,7 @@ def test_formats_of_the_specification(
 @pytest.mark.parametrize(("recipe", "gb"), [("bf16", 393.9), ("fp8-official", 203.7)])
 def test_shipped_recipes_of_published_formats(step35: Step35Config, recipe: str, gb: float) -> None:
     """Ours differ from the specification's by a router kept in fp32, a tenth of a GB."""
-    weights = weigh(step35, coding.of_recipe(Recipe.load(recipe), cpu=False), Shares.whole(step35))
+    weights = weigh(step35, weight_cost.of_recipe(Recipe.load(recipe), cpu=False), Shares.whole(step35))
     main = sum(w.nbytes for w in weights if not w.group.startswith("MTP"))
     assert main / GB == pytest.approx(gb, abs=0.15)
 
@@ -75,14 +75,14 @@ def test_shipped_recipes_of_published_formats(step35: Step35Config, recipe: str,
 def test_a_weight_takes_what_is_stored(step35: Step35Config, recipe: str) -> None:
     """Codes and scales as `quantize.formats` lays them out, byte for byte."""
     chosen = Recipe.load(recipe)
-    coder = coding.of_recipe(chosen, cpu=False)
+    cost_of = weight_cost.of_recipe(chosen, cpu=False)
     seen = set()
     for parameter in parameters(step35):
         stored = chosen.coding(parameter.name, parameter.shape)
         assert stored is not None
         entries = stored.entries(parameter.name, parameter.shape).values()
         size = sum(math.prod(shape) * formats.DTYPES[dtype].itemsize for dtype, shape in entries)
-        assert coder(parameter).nbytes(parameter.shape) == size, parameter.name
+        assert cost_of(parameter).nbytes(parameter.shape) == size, parameter.name
         seen.add(stored.kind)
     assert len(seen) > 1
 
@@ -101,18 +101,18 @@ def test_a_bundle_holds_what_was_planned(tmp_path: Path) -> None:
     assert stored == sum(w.nbytes for w in make_plan(Step35Config.load(source), spec).weights)
 
 
-def test_the_coding_of_blocks_that_do_not_divide() -> None:
+def test_the_cost_of_blocks_that_do_not_divide() -> None:
     """Scales of cut blocks count; whole rows have one."""
-    assert coding.FP8_BLOCKS.nbytes((3, 200, 130)) == 3 * (200 * 130 + 2 * 2 * 4)
-    assert coding.FP8_ROWS.nbytes((200, 130)) == 200 * 130 + 200 * 4
-    assert coding.INT4_128.nbytes((8, 256)) == 8 * (128 + 2 * 2)
-    assert coding.NVFP4.nbytes((8, 256)) == 8 * (128 + 16)
+    assert weight_cost.FP8_BLOCKS.nbytes((3, 200, 130)) == 3 * (200 * 130 + 2 * 2 * 4)
+    assert weight_cost.FP8_ROWS.nbytes((200, 130)) == 200 * 130 + 200 * 4
+    assert weight_cost.INT4_128.nbytes((8, 256)) == 8 * (128 + 2 * 2)
+    assert weight_cost.NVFP4.nbytes((8, 256)) == 8 * (128 + 16)
 
 
 def _footprint(config: Step35Config, name: str, **changes: object) -> Footprint:
     spec = EngineSpec.load(name).model_copy(update=changes)
-    coder = coding.of_recipe(Recipe.load(spec.recipe), cpu=False)
-    return Footprint.of(config, spec, coder, Shares.of(config, spec.parallelism, spec.devices, coder), 2)
+    cost_of = weight_cost.of_recipe(Recipe.load(spec.recipe), cpu=False)
+    return Footprint.of(config, spec, cost_of, Shares.of(config, spec.parallelism, spec.devices, cost_of), 2)
 
 
 def test_every_line_of_the_memory_table(step35: Step35Config) -> None:
@@ -120,8 +120,9 @@ def test_every_line_of_the_memory_table(step35: Step35Config) -> None:
     memory = footprint.at(context=300, sequences=2, drafts=2)
     lines = {item.what: item.nbytes for item in memory.items}
     row = 2 * 8 * 128 * 2
-    assert lines["KV cache"] == 2 * 45 * 300 * row
-    assert lines["KV cache of the MTP modules"] == 2 * 2 * 300 * row
+    # Three pages of 128 rows a sequence; window layers keep eight windows of 5 pages for later sequences.
+    assert lines["KV cache"] == (12 * 6 + 33 * (6 + 40)) * 128 * row
+    assert lines["KV cache of the MTP modules"] == 2 * (6 + 40) * 128 * row
     # The dense MLP is wider than eight experts: gate, up and product of 11264.
     assert lines["workspace"] == 1000 * (2 * 4096 + 3 * 11264) * 2 + 2 * 3 * 128896 * 4
     assert footprint.workspace(500, 2) == 1500 * (2 * 4096 + 3 * 11264) * 2 + 1500 * 128896 * 4
@@ -130,7 +131,15 @@ def test_every_line_of_the_memory_table(step35: Step35Config) -> None:
     assert lines["MTP modules (2)"] == pytest.approx(modules * 2 / 3, abs=1)
     assert memory.free == 128_000_000_000 - sum(lines.values())
     long = footprint.at(context=1000, sequences=1, drafts=0)
-    assert next(i.nbytes for i in long.items if i.what == "KV cache") == (12 * 1000 + 33 * 512) * row
+    assert long.items[2].nbytes == (12 * 8 + 33 * (8 + 40)) * 128 * row
+    shared = footprint.at(context=1000, sequences=4, drafts=0, cached=1500)
+    assert shared.items[2].nbytes == (12 * 12 + 33 * (2 * 4 + (4 * 517 + 1000) // 128 + 40)) * 128 * row
+    assert footprint.kv(step35.layers, 1000, 1) == (12 * 1000 + 33 * 512) * row
+
+
+def test_a_cpu_takes_what_sequences_need(step35: Step35Config) -> None:
+    footprint = _footprint(step35, "cpu-int4")
+    assert footprint.caches(step35.layers, 1000, 2) == footprint.kv(step35.layers, 1000, 2)
 
 
 @given(
@@ -173,9 +182,15 @@ def test_attention_that_is_copied_keeps_its_caches_whole(step35: Step35Config) -
     assert _footprint(step35, "h200x2-fp8", parallelism=copied).kv(step35.layers, 4096, 1) == 2 * shared
 
 
+def test_what_no_block_divides_is_kept_as_the_engine_keeps_what_is_not_quantised() -> None:
+    uneven = Parameter("model.layers.3.share_expert.down_proj.weight", (256, 72), "shared expert", 3)
+    for recipe, cpu, bits in (("cpu-int4", True, 32), ("int4-awq", False, 16)):
+        assert weight_cost.of_recipe(Recipe.load(recipe), cpu=cpu)(uneven).bits == bits
+
+
 def test_vectors_follow_the_recipe() -> None:
     recipe = Recipe.load("int4-awq")
     bias = Parameter("model.layers.3.moe.router_bias", (288,), "router", 3)
     norm = replace(bias, name="model.layers.3.input_layernorm.weight")
-    coder = coding.of_recipe(recipe, cpu=False)
-    assert (coder(bias).bits, coder(norm).bits) == (32, 16)
+    cost_of = weight_cost.of_recipe(recipe, cpu=False)
+    assert (cost_of(bias).bits, cost_of(norm).bits) == (32, 16)

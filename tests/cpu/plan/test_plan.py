@@ -9,7 +9,8 @@ import pytest
 
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import UsageError
-from step35_trt.plan.plan import longest_context, make_plan, most_sequences
+from step35_trt.plan.fitting import longest_context, most_sequences
+from step35_trt.plan.plan import make_plan
 from step35_trt.resources import known
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from step35_trt.engine import EngineSpec
 from step35_trt.hardware import Hardware
-from step35_trt.plan.coding import BF16, FP8_BLOCKS, FP8_ROWS, INT4_128, NVFP4, Coder, Coding
 from step35_trt.plan.memory import Footprint
 from step35_trt.plan.roofline import Roofline, distinct_experts, expected_tokens
 from step35_trt.plan.splits import Shares
+from step35_trt.plan.weight_cost import BF16, FP8_BLOCKS, FP8_ROWS, INT4_128, NVFP4, CostOf, WeightCost
 
 if TYPE_CHECKING:
     from step35_trt.config import Step35Config
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 K = 1024
 
 
-def format_of(rest: Coding, head: Coding, **groups: Coding) -> Coder:
+def format_of(rest: WeightCost, head: WeightCost, **groups: WeightCost) -> CostOf:
     """Groups in their coding, everything else in `rest`, what stays in BF16 in BF16."""
-    spelled: dict[Group, Coding] = {
+    spelled: dict[Group, WeightCost] = {
         "routed experts": groups["experts"],
         "dense MLP": groups.get("dense", rest),
         "shared expert": groups.get("shared", rest),
@@ -39,7 +39,7 @@ def format_of(rest: Coding, head: Coding, **groups: Coding) -> Coder:
         "embedding": BF16,
     }
 
-    def form(parameter: Parameter) -> Coding:
+    def form(parameter: Parameter) -> WeightCost:
         return spelled.get(parameter.group, rest) if len(parameter.shape) > 1 else BF16
 
     return form
@@ -71,13 +71,13 @@ DECODING = [
 
 
 def roofline(
-    config: Step35Config, coder: Coder, hardware: str, bandwidth: float | None = None, devices: int = 1
+    config: Step35Config, cost_of: CostOf, hardware: str, bandwidth: float | None = None, devices: int = 1
 ) -> Roofline:
     machine = Hardware.load(hardware)
     spec = EngineSpec(name="x", summary="", target="tensorrt", hardware=machine, devices=devices, recipe="")
-    shares = Shares.of(config, spec.parallelism, devices, coder)
-    footprint = Footprint.of(config, spec, coder, shares, kv_bytes=1)
-    return Roofline.of(footprint, coder, machine, bandwidth or machine.bandwidth)
+    shares = Shares.of(config, spec.parallelism, devices, cost_of)
+    footprint = Footprint.of(config, spec, cost_of, shares, kv_bytes=1)
+    return Roofline.of(footprint, bandwidth or machine.bandwidth)
 
 
 @pytest.mark.parametrize(("name", "hardware", "bandwidth", "gigabytes", "rates"), DECODING)
@@ -163,8 +163,8 @@ def test_tokens_of_a_round(acceptance: list[float], drafts: int) -> None:
 
 def test_devices_divide_the_time(step35: Step35Config) -> None:
     """Two H200 come near to one of twice the bandwidth; routers and sums over the link are missing."""
-    coder = FORMATS["FP8"]
-    two, twice = roofline(step35, coder, "h200", devices=2), roofline(step35, coder, "h200", 9.6e12)
+    cost_of = FORMATS["FP8"]
+    two, twice = roofline(step35, cost_of, "h200", devices=2), roofline(step35, cost_of, "h200", 9.6e12)
     for sequences in (1, 8, 64):
         shared, ideal = two.step(sequences, 8 * K, 0, ()), twice.step(sequences, 8 * K, 0, ())
         assert ideal.seconds < shared.seconds < 1.02 * ideal.seconds

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import UnsupportedError
-from step35_trt.plan.coding import BF16, FP8_BLOCKS, FP8_ROWS, INT4_128
 from step35_trt.plan.plan import make_plan
 from step35_trt.plan.splits import attention_refusal, expert_refusal, width_refusal
+from step35_trt.plan.weight_cost import BF16, FP8_BLOCKS, FP8_ROWS, INT4_128
 
 if TYPE_CHECKING:
     from step35_trt.config import Step35Config

@@ -14,7 +14,8 @@ def test_a_pool_against_its_description(data: st.DataObject, limit: int, most_id
     pool = PagePool(limit, most_idle)
     held: list[int] = []  # a page once for each holder
     keys: dict[bytes, int] = {}
-    idle: list[int] = []  # registered and held by nobody, the oldest first
+    left: list[int] = []  # registered and held by nobody, the oldest first
+    passed: list[int] = []  # likewise, what windows have passed
     touched: set[int] = set()
     for number in range(data.draw(st.integers(1, 40))):
         action = data.draw(st.sampled_from(["take", "release", "register", "find"]))
@@ -22,17 +23,19 @@ def test_a_pool_against_its_description(data: st.DataObject, limit: int, most_id
             page = pool.take()
             assert page not in held
             assert 0 <= page < limit
-            if page in idle:
-                assert page == idle.pop(0)
-                assert len(idle) + 1 >= most_idle or len(touched) == limit
+            if page in left + passed:
+                more = passed if len(passed) >= len(left) else left
+                assert page == more.pop(0)
+                assert len(left + passed) + 1 >= most_idle or len(touched) == limit
                 keys = {key: of for key, of in keys.items() if of != page}
             touched.add(page)
             held.append(page)
         elif action == "release" and held:
             page = held.pop(data.draw(st.integers(0, len(held) - 1)))
-            pool.release(page)
+            behind = data.draw(st.booleans())
+            pool.release(page, passed=behind)
             if page not in held and page in keys.values():
-                idle.append(page)
+                (passed if behind else left).append(page)
         elif action == "register" and held:
             page = data.draw(st.sampled_from(held))
             if page not in keys.values():
@@ -44,7 +47,7 @@ def test_a_pool_against_its_description(data: st.DataObject, limit: int, most_id
             assert pool.find(key) == page
             pool.hold(page)
             held.append(page)
-            idle = [other for other in idle if other != page]
+            left, passed = ([other for other in idle if other != page] for idle in (left, passed))
         assert pool.held == len(set(held))
         assert pool.free == limit - len(set(held))
         assert all(pool.find(key) == page for key, page in keys.items())
@@ -80,3 +83,20 @@ def test_a_table_holds_what_is_seen(window: int, lengths: list[tuple[int, int]])
         assert pool.held == sum(page >= 0 for page in pages)
     table.truncate(0)
     assert pool.held == 0
+
+
+def test_a_long_prompt_leaves_the_ends_of_others() -> None:
+    """What its window passes is more than is kept: of that the oldest goes, not what others ended with."""
+    pool = PagePool(6, 6)
+    ended, long = PageTable("t", pool, 32), PageTable("t", pool, 32)
+    ended.reserve(128)
+    for page in range(2):
+        pool.register(int(ended.entries[page]), bytes([page]))
+    ended.truncate(0)
+    for page in range(9):
+        long.reserve(64 * (page + 1))
+        pool.register(int(long.entries[page]), bytes([100 + page]))
+        long.drop(64 * (page + 1))
+    assert pool.find(bytes([0])) is not None
+    assert pool.find(bytes([1])) is not None
+    assert pool.find(bytes([100])) is None

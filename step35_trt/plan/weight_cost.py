@@ -1,4 +1,4 @@
-"""How many bytes a weight takes: codes, and the scales that blocks of them share."""
+"""What a weight costs a plan: bytes of its codes, of the scales that blocks of them share, and arithmetic."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Coding:
-    """The stored form of a matrix `[..., N, K]`.
+class WeightCost:
+    """What a matrix `[..., N, K]` costs in one form; how a checkpoint stores it is a `Coding`.
 
     Attributes:
         bits: Of one number.
@@ -41,25 +41,25 @@ class Coding:
         return size
 
 
-# What gives each tensor of a model its form.
-Coder = Callable[["Parameter"], Coding]
+# What each tensor of a model costs in an engine.
+CostOf = Callable[["Parameter"], WeightCost]
 
-FP32 = Coding(32, "fp32")
-BF16 = Coding(16, "bf16")
-FP8_BLOCKS = Coding(8, "fp8", 128, 128, 4)  # the official repository's (specification 4.2)
-FP8_ROWS = Coding(8, "fp8", 1, 0, 4)
-INT4_128 = Coding(4, "bf16", 1, 128, 2)
-NVFP4 = Coding(4, "bf16", 1, 16, 1)
+FP32 = WeightCost(32, "fp32")
+BF16 = WeightCost(16, "bf16")
+FP8_BLOCKS = WeightCost(8, "fp8", 128, 128, 4)  # the official repository's (specification 4.2)
+FP8_ROWS = WeightCost(8, "fp8", 1, 0, 4)
+INT4_128 = WeightCost(4, "bf16", 1, 128, 2)
+NVFP4 = WeightCost(4, "bf16", 1, 16, 1)
 
 
-def experts_and_rest(experts: Coding, rest: Coding, modules: Coding = BF16) -> Coder:
+def experts_and_rest(experts: WeightCost, rest: WeightCost, modules: WeightCost = BF16) -> CostOf:
     """A format that tells only the routed experts and the MTP modules from the rest (specification 7.2)."""
     forms = {"routed experts": experts, "MTP body": modules, "MTP head": modules}
     return lambda parameter: forms.get(parameter.group, rest) if len(parameter.shape) > 1 else BF16
 
 
 # Formats that the specification tabulates, for comparison with the engine's own.
-PUBLISHED_FORMATS: dict[str, Coder] = {
+PUBLISHED_FORMATS: dict[str, CostOf] = {
     "BF16": experts_and_rest(BF16, BF16),
     "FP8 experts in 128 x 128 blocks, BF16 rest (the official FP8 repository)": experts_and_rest(
         FP8_BLOCKS, BF16
@@ -70,24 +70,22 @@ PUBLISHED_FORMATS: dict[str, Coder] = {
 }
 
 
-def of_recipe(recipe: Recipe, *, cpu: bool) -> Coder:
-    """The forms that an engine of this recipe stores; a width that no block divides stays unquantised."""
+def of_recipe(recipe: Recipe, *, cpu: bool) -> CostOf:
+    """What an engine of this recipe stores; a CPU's keeps in fp32 what is not quantised."""
     plain = FP32 if cpu else BF16
 
-    def form(parameter: Parameter) -> Coding:
+    def cost(parameter: Parameter) -> WeightCost:
         coding = recipe.coding(parameter.name, parameter.shape)
-        if coding is None:
-            return plain
         if coding.kind in ("int4", "int8"):
             arithmetic: Arithmetic = "int8" if recipe.activations == "int8" else plain.arithmetic
             # ONNX Runtime's look-up takes the int8 embedding's scales in fp32.
             scale = 4 if cpu and coding.kind == "int8" else 2
-            return Coding(4 if coding.kind == "int4" else 8, arithmetic, 1, coding.block, scale)
+            return WeightCost(4 if coding.kind == "int4" else 8, arithmetic, 1, coding.block, scale)
         if coding.kind == "fp8-blocks":
             return replace(FP8_BLOCKS, rows=coding.block, columns=coding.block)
-        return {"fp32": FP32, "bf16": BF16, "fp8-rows": FP8_ROWS}[coding.kind]
+        return {"fp32": FP32, "bf16": plain, "fp8-rows": FP8_ROWS}[coding.kind]
 
-    return form
+    return cost
 
 
 def kv_value_bytes(recipe: Recipe) -> int:
