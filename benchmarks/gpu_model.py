@@ -9,7 +9,8 @@
     --device cpu dry-runs a stage on a model of nano's size, in plain torch: it proves the script, not speed.
 
 Each result is a line of JSON on stdout; a table of them follows on stderr. Of the model's decoding steps the
-time is that of a graph's replay, the greedy choice not included; ratios are to bandwidth and matrix products
+time is that of a graph's replay, the greedy choice not included, but for whole rounds of drafts, which are
+timed on the host; ratios are to bandwidth and matrix products
 measured in the same run. Weights are random codes made on the device in the engine's precisions; keys and
 values are random too, since attention's time does not depend on them.
 """
@@ -30,23 +31,26 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.gpu_rounds import Rounds
 from benchmarks.gpu_sources import CheckpointSource, DecodedWeights, RandomSource
 from benchmarks.kernels import Budget
 from benchmarks.spark_slice import slice_config
 from step35_trt.checkpoint import Checkpoint, expected_tensors
 from step35_trt.config import Step35Config
 from step35_trt.engine import EngineSpec
-from step35_trt.gpu_weights import deployed_forms
+from step35_trt.gpu_forms import deployed_forms
 from step35_trt.lower import ModelPrograms
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.resources import NANO, PUBLISHED
-from step35_trt.runtime.device_runner import Shape
+from step35_trt.runtime.cache_extent import Extent
+from step35_trt.runtime.device_shapes import Shape
 from step35_trt.runtime.orders import DECODER, StepOrder
 from step35_trt.runtime.program_torch import TorchExecutor
+from step35_trt.runtime.rank_runner import RankRunner
 from step35_trt.runtime.session_cuda import device_runner, device_weights, load
-from step35_trt.runtime.session_program import ProgramSession, RankRunner
+from step35_trt.runtime.session_program import ProgramSession
 from step35_trt.runtime.session_torch import TorchSession
-from step35_trt.runtime.slot_caches import Extent
+from step35_trt.runtime.torch_segments import TorchSegments
 from step35_trt.weight_forms import Forms
 
 if TYPE_CHECKING:
@@ -145,7 +149,8 @@ def check(scale: Scale, device: torch.device, budget: Budget) -> Iterator[dict[s
 
     recorded = device_runner(checkpoint.config, made, weights, extent, torch.float32)
     eager = replace(recorded, record=None)
-    executor = TorchExecutor(made.segments, device_weights(made, source(cpu), cpu))
+    plain = device_weights(made, source(cpu), cpu)
+    executor = TorchExecutor(TorchSegments(made.segments, plain), plain)
     want, margins = greedy(session(RankRunner(executor, made.programs)), prompt, scale.compared)
     got, _ = greedy(session(recorded), prompt, scale.compared)
     first = next((i for i, pair in enumerate(zip(got, want, strict=True)) if pair[0] != pair[1]), None)
@@ -297,9 +302,11 @@ def decode_stage(scale: Scale, device: torch.device, budget: Budget) -> Iterator
 
 
 def drafts_stage(scale: Scale, device: torch.device, budget: Budget) -> Iterator[dict[str, Any]]:
-    """A round of K drafts: the decoder on K + 1 tokens a sequence, module k on as many rows, each at most.
+    """A round of K drafts: the decoder on K + 1 tokens a sequence, module k on k + 1 rows.
 
-    A round gives one token and each draft that is right with all before it.
+    A round gives one token and each draft that is right with all before it. `round_ms` is what a session
+    takes for it, from its call to the ids on the host; `steps_ms` the same by steps whose logits and hidden
+    rows come to the host; the other two are the times of the recordings alone.
     """
     model, took = loaded(scale, device)
     yield took
@@ -310,12 +317,16 @@ def drafts_stage(scale: Scale, device: torch.device, budget: Budget) -> Iterator
             yield {"stage": "drafts", "batch": batch, "context": context, "left_out": "memory or time"}
             continue
         started, alone = time.monotonic(), 0.0
+        rounds = Rounds.of(scale.config, runner, context)
         for k in range(min(3, len(model.made.mtp)) + 1):
             decoder = step_seconds(runner, DECODER, batch, k + 1, context, scale.repeats)
             modules = sum(
-                step_seconds(runner, 1 + module, batch, k + 1, context, scale.repeats) for module in range(k)
+                step_seconds(runner, 1 + module, batch, module + 1, context, scale.repeats)
+                for module in range(k)
             )
-            alone = alone or decoder
+            whole = rounds.seconds(rounds.at_once, k, scale.repeats)
+            steps = rounds.seconds(rounds.by_steps, k, scale.repeats)
+            alone = alone or whole
             line = {
                 "stage": "drafts",
                 "batch": batch,
@@ -323,13 +334,16 @@ def drafts_stage(scale: Scale, device: torch.device, budget: Budget) -> Iterator
                 "drafts": k,
                 "decoder_ms": decoder * 1e3,
                 "modules_ms": modules * 1e3,
-                "cost": (decoder + modules) / alone,
+                "round_ms": whole * 1e3,
+                "steps_ms": steps * 1e3,
+                "cost": whole / alone,
+                "cost_by_steps": steps / alone,
             }
             for rates in ACCEPTANCES:
                 expected = 1.0 + float(np.cumprod(rates[:k]).sum())
-                line["speed_up_at_" + "_".join(map(str, rates))] = expected * alone / (decoder + modules)
+                line["speed_up_at_" + "_".join(map(str, rates))] = expected * alone / whole
             yield line
-        del runner
+        del runner, rounds
         budget.took(time.monotonic() - started)
 
 
@@ -348,7 +362,7 @@ def prefill_stage(scale: Scale, device: torch.device, budget: Budget) -> Iterato
         for start in starts:
             part = ids[start : start + scale.chunk]
             last = np.array([len(part) - 1])
-            runner.lead(StepOrder(DECODER, (0,), (start,), (len(part),), part, last), None)[0].cpu()
+            runner.run(StepOrder(DECODER, (0,), (start,), (len(part),), part, last))[0].cpu()
 
     prompt()
     seconds = min(timed(prompt, device, 1) for _ in range(2))

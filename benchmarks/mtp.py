@@ -11,7 +11,8 @@ import numpy as np
 
 from benchmarks.nano import prompts, session
 from step35_trt.runtime.depth import DepthController
-from step35_trt.runtime.generate import GenerationStats, generate
+from step35_trt.runtime.generate import generate
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import SamplingParams
 
 DEPTHS = (0, 1, 2, 3, "auto")

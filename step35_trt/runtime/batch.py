@@ -222,8 +222,8 @@ def _earlier(output: ResumableOutput, lines: Iterator[Line], input_path: Path) -
 def _check_paths(input_path: Path, output_path: Path) -> None:
     if not output_path.parent.is_dir():
         raise UsageError(f"the folder {output_path.parent} does not exist")
-    if output_path.is_dir():
-        raise UsageError(f"{output_path} is a folder")
+    if output_path.exists() and not output_path.is_file():
+        raise UsageError(f"{output_path} is no file", "Name a file: answers are written so that they resume.")
     unfinished = output_path.with_name(output_path.name + ".partial")
     if input_path.resolve() in (output_path.resolve(), unfinished.resolve()):
         raise UsageError(f"{input_path} cannot be both input and output")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
 
-from step35_trt.errors import DoesNotFitError, Step35Error, UsageError
+from step35_trt.errors import NO_ROOM, DoesNotFitError, Step35Error, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 SYNC_SECONDS = 5.0  # what a power cut can cost; a killed process loses nothing
 _BEGINNING = b'{"id":"batch_req_'
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Usage(BaseModel):
@@ -106,6 +104,8 @@ class ResumableOutput:
             return
         with suppress(OSError):  # a complete file is synced already, else another error is under way
             os.fsync(self._file.fileno())
+            if error is not None and not os.fstat(self._file.fileno()).st_size:
+                self.partial.unlink()  # nothing to go on from
         self._file.close()
 
     def recorded(self) -> Iterator[Recorded]:
@@ -206,6 +206,6 @@ class ResumableOutput:
         except OSError as error:
             message = f"cannot write {self.partial}: {error.strerror}"
             hint = f"The lines written so far are safe ({self.lines}); run the same command again to go on."
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_ROOM:
                 raise DoesNotFitError(message, f"Make room. {hint}") from None
             raise Step35Error(message, hint) from None

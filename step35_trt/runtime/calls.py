@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from step35_trt.runtime.session import Call, Step
+from step35_trt.runtime.session import Call, RoundCall, RoundResult, Step, rounds_of
 
 if TYPE_CHECKING:
     from step35_trt.runtime.session import Session
 
 R = TypeVar("R")
+# What runs in one packed step: an MTP module by number, None for the decoder, or rounds with all they need.
+Graph = int | None | Literal["round"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class ModelCall:
     def __len__(self) -> int:
         return len(self.call.token_ids)
 
+    @property
+    def graph(self) -> Graph:
+        """Whose step it is part of."""
+        return self.module
+
     def first(self, count: int) -> ModelCall:
         """The call cut to its first `count` tokens."""
         call = self.call
@@ -52,11 +59,63 @@ class ModelCall:
         )
 
 
-Calls = Generator[ModelCall, Step, R]
+@dataclass(frozen=True)
+class WholeRound:
+    """One sequence's part of a packed round (`session.Rounds`); its length is what the decoder verifies.
+
+    Attributes:
+        call: What to run.
+    """
+
+    call: RoundCall
+
+    def __len__(self) -> int:
+        return self.call.depth + 1
+
+    @property
+    def graph(self) -> Graph:
+        """Whose step it is part of."""
+        return "round"
+
+    @property
+    def module(self) -> None:
+        """It is the decoder whose cache it fills."""
+
+    @property
+    def divisible(self) -> bool:
+        """No part of it can be run alone."""
+        return False
+
+    def first(self, count: int) -> WholeRound:
+        """The round itself."""
+        assert count >= len(self)
+        return self
 
 
-def run(session: Session, needed: ModelCall) -> Step:
+Needed = ModelCall | WholeRound
+Calls = Generator[Needed, Step | RoundResult, R]
+
+
+def step_of(call: ModelCall) -> Calls[Step]:
+    """Ask for a step's part."""
+    step = yield call
+    assert isinstance(step, Step)
+    return step
+
+
+def round_of(call: RoundCall) -> Calls[RoundResult]:
+    """Ask for a round's part."""
+    result = yield WholeRound(call)
+    assert isinstance(result, RoundResult)
+    return result
+
+
+def run(session: Session, needed: Needed) -> Step | RoundResult:
     """Run one call by itself."""
+    if isinstance(needed, WholeRound):
+        rounds = rounds_of(session)
+        assert rounds is not None
+        return rounds.round([needed.call])[0]
     if needed.module is None:
         return session.decode([needed.call])[0]
     return session.draft(needed.module, [needed.call])[0]
@@ -67,9 +126,9 @@ def drive(session: Session, calls: Calls[R]) -> Generator[None]:
     try:
         needed = next(calls, None)
         while needed is not None:
-            step = run(session, needed)
+            result = run(session, needed)
             try:
-                needed = calls.send(step)
+                needed = calls.send(result)
             except StopIteration:
                 needed = None
             yield

@@ -226,7 +226,8 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is foreign code and can fail in any way
-            raise UsageError(f"the chat template rejects these messages: {error}") from None
+            reason = str(error) or type(error).__name__
+            raise UsageError(f"the chat template rejects these messages: {reason}") from None
 
 
 def starts_in_reasoning(prompt: str) -> bool:

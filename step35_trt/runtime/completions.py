@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import to_json
 
 from step35_trt.errors import UsageError
+from step35_trt.runtime.answer_text import complete
 from step35_trt.runtime.chat import ChatTemplate, explain, parse_messages, parse_tools, starts_in_reasoning
-from step35_trt.runtime.generate import GenerationStats
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import SamplingParams
-from step35_trt.runtime.text import complete
 from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, ReasoningDelta, ToolCall
 
 if TYPE_CHECKING:

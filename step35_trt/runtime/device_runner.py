@@ -1,78 +1,46 @@
 """Runs packed steps on one device: decoding as recorded graphs, one for each shape, the rest as it comes.
 
 A step's numbers (ids, wanted rows, where sequences start, their lengths and slots) go to the device as one
-vector. What is recorded reads them there, so the same recording serves whichever sequences come.
+vector. What is recorded reads them there, so the same recording serves whichever sequences come. Where a
+sequence takes pages, the entries of its slot's lines are changed before the step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from step35_trt.dialects.torch import SequenceBatch
 from step35_trt.errors import DoesNotFitError
 from step35_trt.kernels import plugin
-from step35_trt.runtime.orders import DECODER
+from step35_trt.runtime.device_pages import DeviceBatch
+from step35_trt.runtime.device_shapes import Placed, Shape, numbers
+from step35_trt.runtime.held_rows import HeldRows
+from step35_trt.runtime.orders import DECODER, StepOrder
 from step35_trt.runtime.program_weights import DTYPES
-from step35_trt.runtime.slot_caches import DeviceBatch
+from step35_trt.runtime.round_order import ROUND, RoundOrder
+from step35_trt.runtime.round_runner import RoundRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
     from step35_trt.dialects.slot_kernels import SlotKernels
-    from step35_trt.runtime.orders import StepOrder
-    from step35_trt.runtime.program_torch import BoundProgram, TorchExecutor
+    from step35_trt.runtime.cache_extent import CacheLayout
+    from step35_trt.runtime.program_torch import TorchExecutor
+    from step35_trt.runtime.ranks import Ranks
     from step35_trt.runtime.recording import Recorder
-    from step35_trt.runtime.session import Floats
+    from step35_trt.runtime.session import Floats, Ids
     from step35_trt.steps import StepProgram
 
 NOBODY = SequenceBatch((), (), ())
 KEPT = 256  # recordings: what a few sequences and drafts make of shapes, each some megabytes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a recording is for.
-
-    Attributes:
-        graph: `DECODER`, or k + 1 for MTP module k.
-        tokens: Packed tokens.
-        rows: Wanted rows.
-        sequences: How many.
-    """
-
-    graph: int
-    tokens: int
-    rows: int
-    sequences: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """Of the parts of a step's numbers: ids, rows, starts, pasts, slots, each token's sequence."""
-        return [self.tokens, self.rows, self.sequences + 1, self.sequences, self.sequences, self.tokens]
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A shape with its memory on the device.
-
-    Attributes:
-        bound: The program.
-        numbers: int64, the parts of `Shape.sizes` one after the other.
-        sent: The same on the host, pinned where the device copies from it.
-        carried: What an MTP module takes over, to be filled; None for the decoder.
-    """
-
-    bound: BoundProgram
-    numbers: Tensor
-    sent: Tensor
-    carried: Tensor | None
 
 
 @dataclass
@@ -85,6 +53,9 @@ class DeviceRunner:
         kernels: Where keys and values lie, and what computes.
         record: Records decoding steps; None where every step is to run as it comes.
         longest_call: Packed tokens of a step at most.
+        ranks: See `Runner`.
+        held: Hidden rows that rounds begin with.
+        rounds: See `Runner`.
     """
 
     executor: TorchExecutor
@@ -92,20 +63,33 @@ class DeviceRunner:
     kernels: SlotKernels
     record: Recorder | None
     longest_call: int
-    _placed: dict[Shape, Placed] = field(default_factory=dict)
-    _replays: dict[Shape, Callable[[], None]] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    held: HeldRows = field(init=False)
+    rounds: RoundRunner = field(init=False)
+    _placed: dict[Shape, Placed] = field(default_factory=dict, init=False)
+    _replays: dict[Shape, Callable[[], None]] = field(default_factory=dict, init=False)
+    _copied: torch.cuda.Event | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # Recordings point into the arena, so it may not grow afterwards.
         largest = max(self.programs, key=lambda program: program.arena)
         self.executor.bind(largest, self.longest_call, 1)
+        self.held = self._room()
+        self.rounds = RoundRunner(self)
+
+    @property
+    def layout(self) -> CacheLayout:
+        """See `session_program.Runner`."""
+        return self.kernels.caches.layout
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self.executor.weights.device
 
-    def lead(self, step: StepOrder, hidden: Floats | None) -> tuple[Tensor, Tensor]:
+    def check(self, step: StepOrder) -> None:
         """See `session_program.Runner`.
 
         Raises:
@@ -115,14 +99,20 @@ class DeviceRunner:
             raise DoesNotFitError(
                 f"a step of {len(step.token_ids)} tokens, where {self.longest_call} are the most"
             )
-        shape = Shape(step.graph, len(step.token_ids), len(step.rows), len(step.slots))
+
+    def run(self, step: StepOrder, hidden: Floats | None = None) -> tuple[Tensor, Tensor]:
+        """See `session_program.Runner`."""
+        shape = Shape.of(step)
         decoding = max(step.lengths) <= self.kernels.queries and min(step.lengths) > 0
         with torch.inference_mode():
+            self.kernels.caches.move(step.moves)
             placed = self._place(shape, keep=decoding)
             self.send(placed, numbers(step))
             if placed.carried is not None:
-                assert hidden is not None
-                placed.carried.copy_(torch.from_numpy(hidden))
+                if hidden is not None:
+                    placed.carried.copy_(torch.from_numpy(hidden))
+                if self.ranks is not None:
+                    self.ranks.share(placed.carried)
             if decoding:
                 self.decode(shape)
             else:
@@ -130,14 +120,37 @@ class DeviceRunner:
                 self._run(shape, placed, module.Batch.of(step.lengths, step.pasts, self.device))
         return placed.bound.outputs["logits"], placed.bound.outputs["hidden"]
 
+    def obey(self, order: Ids) -> None:
+        """See `leading.follow`."""
+        if order[0] == ROUND:
+            self.rounds.start(RoundOrder.decode(order))
+        else:
+            self.run(StepOrder.decode(order))
+
     def placed(self, shape: Shape) -> Placed:
         """Where a decoding step of that shape has its inputs and outputs."""
         return self._place(shape, keep=True)
 
     def send(self, placed: Placed, values: NDArray[np.int64]) -> None:
-        """Put a step's numbers (`Shape.sizes`) where it reads them; the step before has to be done."""
+        """Put a step's numbers (`Shape.sizes`) where it reads them."""
+        self.sent_before()
         placed.sent.numpy()[:] = values
         placed.numbers.copy_(placed.sent, non_blocking=True)
+        self.sending()
+
+    def sent_before(self) -> None:
+        """Wait until what was sent last has left the host's memory."""
+        if self._copied is not None:
+            self._copied.synchronize()  # a rank that nobody asks for results runs ahead of its device
+
+    def sending(self) -> None:
+        """Something has just been given to be sent."""
+        if self._copied is not None:
+            self._copied.record()
+
+    def launch(self, shape: Shape, placed: Placed) -> None:
+        """All operations of a decoding step whose numbers were sent; they look at no value."""
+        self._run(shape, placed, self._described(shape, placed))
 
     def decode(self, shape: Shape) -> None:
         """Run the decoding step whose numbers were sent: a replay, from the second time on."""
@@ -146,15 +159,12 @@ class DeviceRunner:
             return
         placed = self.placed(shape)
 
-        def work() -> None:
-            self._run(shape, placed, self._described(shape, placed))
-
         if self.record is None:
-            work()
+            self.launch(shape, placed)
         else:
             if len(self._replays) == KEPT:
                 self._replays.pop(next(iter(self._replays)))
-            self._replays[shape] = self.record(work)
+            self._replays[shape] = self.record(partial(self.launch, shape, placed))
 
     def _place(self, shape: Shape, *, keep: bool) -> Placed:
         if shape in self._placed:
@@ -175,24 +185,25 @@ class DeviceRunner:
         return placed
 
     def _described(self, shape: Shape, placed: Placed) -> DeviceBatch:
-        starts, pasts, _, owners = (part.int() for part in torch.split(placed.numbers, shape.sizes)[2:])
+        starts, pasts, _, owners = (part.int() for part in placed.parts(shape)[2:])
         longest = self.kernels.caches.extent.rows
         queries = min(self.kernels.queries, shape.tokens - shape.sequences + 1)
         return DeviceBatch(shape.tokens, shape.sequences, queries, longest, starts, pasts, owners)
 
     def _run(self, shape: Shape, placed: Placed, batch: object) -> None:
-        ids, rows, _, _, slots, _ = torch.split(placed.numbers, shape.sizes)
+        ids, rows, _, _, slots, _ = placed.parts(shape)
         placed.bound.inputs["token_ids"].copy_(ids)
         placed.bound.inputs["rows"].copy_(rows)
         if placed.carried is not None:
             placed.bound.inputs["carried"].copy_(placed.carried)
         self.kernels.place(batch, slots.int())
         placed.bound.run(NOBODY)
+        self.held.keep(shape.graph, placed.packing(shape), placed.bound.outputs["hidden"])
 
-
-def numbers(step: StepOrder) -> NDArray[np.int64]:
-    """The parts of `Shape.sizes` of a step."""
-    starts = np.cumsum((0, *step.lengths))
-    owners = np.repeat(np.arange(len(step.lengths)), step.lengths)
-    parts = [step.token_ids, step.rows, starts, step.pasts, step.slots, owners]
-    return np.concatenate([np.asarray(part, np.int64) for part in parts])
+    def _room(self) -> HeldRows:
+        """For what modules take over; none without modules."""
+        first = self.programs[-1]
+        width = next(b.width for b in first.buffers if b.name == first.outputs["hidden"])
+        slots, queries = self.kernels.caches.extent.slots, self.kernels.queries
+        graphs, dtype = len(self.programs) - 1, DTYPES[first.activation]
+        return HeldRows.of(graphs, slots, queries, width, dtype, self.device)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from step35_trt.runtime.calls import ModelCall
+from step35_trt.runtime.calls import ModelCall, step_of
 from step35_trt.runtime.sampling import draw, greedy, probabilities
 from step35_trt.runtime.session import Call
 
@@ -131,10 +131,8 @@ class DraftChain:
 
     def settle(self, accepted: int) -> None:
         """Truncate the rows that rest on drafts other than the first `accepted` of the last proposal."""
+        take_back(self._sequence, self._rows, self._drafted, accepted)
         for module in range(self._drafted):
-            valid = max(self._rows + accepted - module, 0)
-            if self._sequence.draft_length(module) > valid:
-                self._sequence.truncate_draft(module, valid)
             kept = self._sequence.draft_length(module)
             self._pending[module].drop(kept)
             if module + 1 < self._modules:
@@ -158,10 +156,25 @@ class DraftChain:
         first = self._sequence.draft_length(module)
         hidden = self._pending[module].read(first, first + len(ids))
         call = Call(self._sequence, np.array(ids, dtype=np.int64), rows, hidden)
-        step = yield ModelCall(module, call, divisible)
+        step = yield from step_of(ModelCall(module, call, divisible))
         if module + 1 < self._modules:
             self._pending[module + 1].append(step.hidden)
         return step
+
+
+def take_back(sequence: Sequence, rows: int, depth: int, accepted: int) -> None:
+    """Truncate modules' rows that rest on refused drafts.
+
+    Args:
+        sequence: Of which modules 0 .. depth-1 have drafted.
+        rows: The decoder's before the drafts were verified.
+        depth: How many drafts there were.
+        accepted: How many of them stand.
+    """
+    for module in range(depth):
+        valid = max(rows + accepted - module, 0)
+        if sequence.draft_length(module) > valid:
+            sequence.truncate_draft(module, valid)
 
 
 class _HiddenRows:

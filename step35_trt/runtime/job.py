@@ -7,14 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from step35_trt.runtime.generate import GenerationStats
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.requests import Failed, Finished, Tokens
 
 if TYPE_CHECKING:
     from step35_trt.errors import Step35Error
     from step35_trt.runtime.batch_depth import Member
-    from step35_trt.runtime.calls import Calls, ModelCall
-    from step35_trt.runtime.generate import Generation
+    from step35_trt.runtime.calls import Calls, Needed
+    from step35_trt.runtime.generation import Generation
     from step35_trt.runtime.requests import Ended, Event, Sink, TokenRequest
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Job:
     generation: Generation | None = None
     member: Member | None = None
     calls: Calls[None] | None = None
-    needed: ModelCall | None = None
+    needed: Needed | None = None
     served: int = 0
     cancelled: bool = False
     done: bool = False

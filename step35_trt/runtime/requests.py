@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from step35_trt.errors import Step35Error
-    from step35_trt.runtime.generate import GenerationStats
+    from step35_trt.runtime.generation_stats import GenerationStats
 
 Ended = Literal["stop", "length", "cancelled", "timeout"]
 

@@ -14,7 +14,7 @@ from step35_trt.errors import DoesNotFitError
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from step35_trt.runtime.calls import ModelCall
+    from step35_trt.runtime.calls import Needed
     from step35_trt.runtime.job import Job
     from step35_trt.runtime.session import Capacity
 
@@ -23,7 +23,7 @@ PATIENCE = 4  # turns
 
 def select(
     jobs: SequenceOf[Job], turn: int, tokens: int, capacity: Capacity
-) -> tuple[list[tuple[Job, ModelCall]], bool]:
+) -> tuple[list[tuple[Job, Needed]], bool]:
     """Who takes part in a step of the graph that all `jobs` wait for.
 
     Args:
@@ -58,7 +58,7 @@ def select(
     return chosen, stuck
 
 
-def _urgency(job: Job, needed: ModelCall, turn: int) -> tuple[int, ...]:
+def _urgency(job: Job, needed: Needed, turn: int) -> tuple[int, ...]:
     if turn - job.served > PATIENCE:
         return 0, job.served, *job.rank
     if needed.divisible:

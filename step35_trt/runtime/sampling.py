@@ -218,13 +218,18 @@ def verify_greedy(drafts: Sequence[int], targets: Ids) -> tuple[int, int]:
     return accepted, int(targets[accepted])
 
 
+def not_finite() -> VerificationError:
+    """What is wrong where a logit is not a finite number."""
+    return VerificationError(
+        "The model returned logits that are not finite numbers",
+        "Run 'step35-trt verify' on the bundle; a damaged weight or an overflowing precision does this.",
+    )
+
+
 def _check(logits: Floats) -> None:
     # A NaN survives min and max, so two reductions see all there is to see.
     if not (math.isfinite(logits.min(initial=0.0)) and math.isfinite(logits.max(initial=0.0))):
-        raise VerificationError(
-            "The model returned logits that are not finite numbers",
-            "Run 'step35-trt verify' on the bundle; a damaged weight or an overflowing precision does this.",
-        )
+        raise not_finite()
 
 
 def _largest(row: Floats, count: int) -> Ids:

@@ -6,6 +6,10 @@ step that prompts fill up chunk by chunk (iteration-level scheduling: Yu et al.,
 chunks beside decoding: Agrawal et al., Sarathi-Serve, arXiv 2403.02310). A request that needs a graph which
 the turn has passed waits for the next turn. Who gets a place in a step: `runtime/room.py`.
 
+Where the session runs whole rounds (`session.Rounds`), a turn ends with one packed round of all requests that
+take part in them. Prompts and requests whose logits the host needs then have the other steps to themselves:
+what reading the weights twice costs in such a turn, rounds spare in copies of logits and hidden rows.
+
 Cache rows are not reserved for whole answers, whose length nobody knows. A request is admitted when its
 prompt fits beside the prompts of those that run. When an answer then finds no page, the running request of
 the last rank gives up its sequence and goes back to its place among those that wait; later its tokens so far
@@ -21,18 +25,22 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from step35_trt.errors import DoesNotFitError, Step35Error
-from step35_trt.runtime.batch_depth import BatchDepth, prior_cost
+from step35_trt.runtime.calls import ModelCall, WholeRound
 from step35_trt.runtime.drafting import SHORT
-from step35_trt.runtime.generate import Generation
+from step35_trt.runtime.generation import Generation
 from step35_trt.runtime.job import Job
 from step35_trt.runtime.requests import Limits, Metrics
 from step35_trt.runtime.room import fits, select, too_large
+from step35_trt.runtime.session import rounds_of
+from step35_trt.runtime.turn_depth import TurnDepths
 
 if TYPE_CHECKING:
-    from step35_trt.runtime.calls import ModelCall
-    from step35_trt.runtime.generate import Clock
+    from collections.abc import Sequence as SequenceOf
+
+    from step35_trt.runtime.calls import Graph, Needed
+    from step35_trt.runtime.generation import Clock
     from step35_trt.runtime.requests import Ended, RequestHandle, Sink, TokenRequest
-    from step35_trt.runtime.session import Session, Step
+    from step35_trt.runtime.session import RoundResult, Session, Step
 
 
 class Scheduler:
@@ -60,8 +68,9 @@ class Scheduler:
         self._clock = clock
         # A call that cannot be cut may be so long: a verification, or drafting after a short backlog.
         self._step_tokens = max(wanted, min(max(heads + 1, SHORT), chunk))
-        self._graphs: tuple[int | None, ...] = (*range(heads), None)
-        self._depth = BatchDepth(heads, prior_cost(session.config))
+        self._rounds = rounds_of(session)
+        self._graphs: tuple[Graph, ...] = (*range(heads), None, "round")
+        self._depths = TurnDepths(session, self._step_tokens)
         self._arrived: deque[Job] = deque()
         self._waiting: list[Job] = []
         self._running: list[Job] = []
@@ -94,8 +103,10 @@ class Scheduler:
         self._end_early()
         self._admit()
         self._refuse_overflow()
+        running = len(self._running)
         served = [self._run(graph) for graph in self._graphs]
-        if self._running and (self._stuck or not any(served)):
+        # Who ended in this turn has made room.
+        if len(self._running) == running > 0 and (self._stuck or not any(served)):
             self._make_room()
         self._stuck = False
 
@@ -134,7 +145,7 @@ class Scheduler:
             job = self._arrived.popleft()
             self._waiting.append(job)
             request = job.request
-            job.member = self._depth.member() if request.draft_tokens == "auto" else None
+            job.member = self._depths.member(request)
             try:
                 job.generation = Generation(
                     self._session,
@@ -192,48 +203,38 @@ class Scheduler:
             waiting = f"{self._limits.waiting} requests wait already"
             self._fail(job, DoesNotFitError(waiting, "Try again when some are answered."))
 
-    def _run(self, graph: int | None) -> int:
+    def _run(self, graph: Graph) -> int:
         """One packed step of a graph; returns how many requests it served."""
-        waiting = [job for job in self._running if job.needed is not None and job.needed.module == graph]
+        waiting = [job for job in self._running if job.needed is not None and job.needed.graph == graph]
         chosen, stuck = select(waiting, self._turn, self._step_tokens, self._session.capacity)
         self._stuck |= stuck
         if not chosen:
             return 0
         started = self._clock()
-        calls = [needed.call for _, needed in chosen]
         try:
-            steps = self._session.decode(calls) if graph is None else self._session.draft(graph, calls)
+            results = self._call(graph, [needed for _, needed in chosen])
         except DoesNotFitError:  # nothing has changed
             self._stuck = True
             return 0
         tokens = sum(len(needed) for _, needed in chosen)
-        if graph is None:
+        if graph is None or graph == "round":
             self._counts["steps"] += 1
             self._counts["step_tokens"] += tokens
-            self._choose_depths(chosen)
-        for (job, _), step in zip(chosen, steps, strict=True):
-            self._advance(job, step)
-        self._depth.costs(graph).record(tokens, self._clock() - started)
+            # Before the results are handed out, when the next round begins.
+            self._depths.choose(graph, self._running, chosen)
+        for (job, _), result in zip(chosen, results, strict=True):
+            self._advance(job, result)
+        self._depths.record(graph, tokens, self._clock() - started)
         return len(chosen)
 
-    def _choose_depths(self, served: list[tuple[Job, ModelCall]]) -> None:
-        """Choose before the results are handed out, when the next round's drafting begins."""
-        members, others = [], 0
-        calls = {id(job): needed for job, needed in served}
-        for job in self._running:
-            assert job.needed is not None
-            assert job.generation is not None
-            needed = calls.get(id(job))
-            left = len(job.needed) if needed is None else len(job.needed) - len(needed)
-            if job.needed.module is None and job.needed.divisible and left:
-                others += left  # of a prompt
-            elif needed is not None and job.member is not None:
-                members.append(job.member)
-            else:
-                others += job.generation.round_tokens
-        self._depth.choose(members, min(others, self._step_tokens))
+    def _call(self, graph: Graph, calls: SequenceOf[Needed]) -> SequenceOf[Step | RoundResult]:
+        if graph == "round":
+            assert self._rounds is not None
+            return self._rounds.round([needed.call for needed in calls if isinstance(needed, WholeRound)])
+        steps = [needed.call for needed in calls if isinstance(needed, ModelCall)]
+        return self._session.decode(steps) if graph is None else self._session.draft(graph, steps)
 
-    def _advance(self, job: Job, step: Step) -> None:
+    def _advance(self, job: Job, result: Step | RoundResult) -> None:
         assert job.calls is not None
         assert job.generation is not None
         job.served = self._turn
@@ -241,7 +242,7 @@ class Scheduler:
         drafted, accepted = tuple(stats.drafted), tuple(stats.accepted)
         failure: Step35Error | None = None
         try:
-            job.needed = job.calls.send(step)
+            job.needed = job.calls.send(result)
         except StopIteration:
             pass
         except Step35Error as error:

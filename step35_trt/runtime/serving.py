@@ -31,7 +31,7 @@ from step35_trt.runtime.scheduler import Scheduler
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from step35_trt.runtime.generate import Clock
+    from step35_trt.runtime.generation import Clock
     from step35_trt.runtime.requests import Limits, Metrics, RequestHandle, Sink, TokenRequest
     from step35_trt.runtime.session import Session
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -46,6 +46,38 @@ class Call:
     token_ids: Ids
     rows: Ids
     hidden: Floats | None = None
+
+
+@dataclass(frozen=True)
+class RoundCall:
+    """One sequence's part of a round: greedy drafts, one of each MTP module, and their verification.
+
+    Attributes:
+        sequence: Of the session that runs the round, and open.
+        token_ids: `[T]`, the last known tokens. The newest has no decoder row yet; the first is the one that
+            the first row which a module has still to run takes, or an earlier one.
+        depth: Drafts, 0 .. `modules`.
+        modules: How many modules are to be kept fed, the first ones.
+    """
+
+    sequence: Sequence
+    token_ids: Ids
+    depth: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round's sequence came to.
+
+    Attributes:
+        drafts: `[depth]`, the likeliest token of each module's last row, the lowest id among equals; -1 where
+            a logit is not finite.
+        choices: `[depth + 1]`, what the decoder says after the newest token and after each draft; likewise.
+    """
+
+    drafts: Ids
+    choices: Ids
 
 
 @dataclass(frozen=True)
@@ -167,6 +199,54 @@ class Session(Protocol):
     def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
         """One packed step of MTP module `module`, as `decode`; every call has `hidden`."""
         ...
+
+
+class Rounds(Protocol):
+    """A session's way to run whole rounds, if it has one: logits and hidden rows stay where they are made.
+
+    After a round the caller truncates what rests on refused drafts, as after steps. Hidden rows of a
+    sequence's last rows are kept by the session, so rounds may follow any steps after which no module is more
+    than `behind` rows behind the decoder; steps of modules after rounds need rows that nobody has outside.
+    """
+
+    @property
+    def drafts(self) -> int:
+        """Drafts of one sequence at most."""
+        ...
+
+    @property
+    def behind(self) -> int:
+        """Rows that a module may be behind the decoder when a round begins."""
+        ...
+
+    def round(self, calls: SequenceOf[RoundCall]) -> list[RoundResult]:
+        """One packed round; depths may differ. A sequence comes at most once.
+
+        Every module that drafts has then run up to the decoder's last row before the round, the others as
+        far as keeps them within `behind`; the decoder has the newest token and all drafts.
+
+        Returns:
+            The result of each call, in order.
+
+        Raises:
+            DoesNotFitError: as `Session.decode`; no sequence has changed.
+        """
+        ...
+
+
+@runtime_checkable
+class OffersRounds(Protocol):
+    """A session that may have `Rounds`."""
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """None where it runs steps only."""
+        ...
+
+
+def rounds_of(session: Session) -> Rounds | None:
+    """A session's `Rounds`, if it has them."""
+    return session.rounds if isinstance(session, OffersRounds) else None
 
 
 # Rows that a caller may take back from the latest call: three drafts, and a few to spare.

@@ -1,11 +1,13 @@
 """The session of a bundle for a GPU, on the GPU that it is for.
 
-Segments are run by torch on the codes that the bundle stores, plugins and products by kernels that Triton
-compiles when they are first used; decoding steps are CUDA graphs.
+Segments are run by the bundle's engines, or by torch on the codes that it stores (`segment_choice`); plugins,
+and torch's products, by the bundle's compiled kernels, so that nothing is compiled here. A decoding step is
+one CUDA graph.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,57 +15,99 @@ import torch
 from step35_trt.deployment import Deployment
 from step35_trt.dialects.slot_kernels import PlainLaunches, SlotKernels, TritonLaunches
 from step35_trt.dialects.torch_kernels import QUERIES, TritonKernels, present_target
-from step35_trt.errors import DoesNotFitError, UnsupportedError
+from step35_trt.errors import DoesNotFitError
 from step35_trt.gpu_weights import StoredWeights
+from step35_trt.kernels.jit import JIT
 from step35_trt.program import SteppedProgram
+from step35_trt.runtime.bundle_kernels import bundle_launcher
+from step35_trt.runtime.cache_extent import Extent
+from step35_trt.runtime.device_pages import DevicePages
 from step35_trt.runtime.device_runner import DeviceRunner
 from step35_trt.runtime.device_weights import DeviceWeights
-from step35_trt.runtime.program_torch import TorchExecutor
+from step35_trt.runtime.leading import follow
+from step35_trt.runtime.placement import Placement, said_once
+from step35_trt.runtime.program_torch import TorchExecutor, refuse
+from step35_trt.runtime.ranks import Ranks
 from step35_trt.runtime.recording import GraphRecorder
+from step35_trt.runtime.segment_choice import bundle_segments, installed_runtime
 from step35_trt.runtime.session_program import ProgramSession
-from step35_trt.runtime.slot_caches import Extent, SlotCaches
+from step35_trt.runtime.torch_segments import TorchSegments
 from step35_trt.runtime.upload import BundleSource, Uploader
 
 if TYPE_CHECKING:
     from step35_trt.bundle import Bundle
     from step35_trt.config import Step35Config
     from step35_trt.dialects.slot_kernels import Launches
+    from step35_trt.kernels.launching import Launcher
     from step35_trt.lower import ModelPrograms
     from step35_trt.runtime.device_weights import WeightSource
+    from step35_trt.runtime.program_torch import SegmentRunner
     from step35_trt.runtime.recording import Recorder
+    from step35_trt.runtime.segment_choice import RuntimeFor
 
 PAGES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-FIRST = torch.device("cuda", 0)
-
-
-def open_cuda(bundle: Bundle, device: torch.device = FIRST) -> ProgramSession:
+def open_cuda(
+    bundle: Bundle, device: torch.device | None = None, runtime_for: RuntimeFor = installed_runtime
+) -> ProgramSession:
     """The session of a bundle on a GPU, all weights loaded; on the CPU in plain torch, for small models.
+
+    Where several processes share the model the first has the session, and the others follow it to its end.
+
+    Args:
+        bundle: Opened.
+        device: Where it runs; absent, on the GPU whose number is this process's on the machine.
+        runtime_for: Gives what executes the bundle's engines.
 
     Raises:
         CorruptInputError: the program is not what this version makes of the model and recipe.
         DoesNotFitError: the GPU's free memory does not hold weights and caches.
-        UnsupportedError: the engine is for several GPUs.
+        RankLostError: not all processes came; in the others also, that one ended.
+        UnsupportedError: a kernel is missing.
+        SystemExit: in the others, when the work is done.
     """
-    program, manifest = bundle.program, bundle.manifest
+    program, manifest, here = bundle.program, bundle.manifest, Placement.here()
     assert isinstance(program, SteppedProgram)
-    if program.ranks > 1:
-        raise UnsupportedError(
-            f"{bundle.directory} is shared by {program.ranks} GPUs, and this version runs engines on one",
-            "Build it with an engine for one GPU, such as h200-int4.",
-        )
-    made = Deployment.of_bundle(bundle)
-    stored = StoredWeights(bundle.directory, program.places(), program.experts)
+    device = device or torch.device("cuda", here.local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with said_once():
+        made = Deployment.of_bundle(bundle)
+    ranks = Ranks.join(device) if program.ranks > 1 else None
+    with ranks.working() if ranks else nullcontext():
+        runner = _loaded(bundle, made, device, runtime_for, ranks)
+    if ranks and here.rank:
+        follow(ranks, runner.obey)
     chunk = min(manifest.engine.prefill_chunk, manifest.max_tokens)
-    extent = Extent(manifest.engine.max_sequences, manifest.max_tokens, chunk)
+    return ProgramSession(bundle.config, runner, manifest.max_tokens, chunk, manifest.engine.max_sequences)
+
+
+def _loaded(
+    bundle: Bundle,
+    made: Deployment,
+    device: torch.device,
+    runtime_for: RuntimeFor,
+    ranks: Ranks | None,
+) -> DeviceRunner:
+    program, manifest, rank = bundle.program, bundle.manifest, ranks.rank if ranks else 0
+    assert isinstance(program, SteppedProgram)
+    stored = StoredWeights(bundle.directory, program.places(rank), program.experts, program.sharing, rank)
+    chunk = min(manifest.engine.prefill_chunk, manifest.max_tokens)
+    engine = manifest.engine
+    extent = Extent(engine.max_sequences, manifest.max_tokens, chunk, engine.cache_tokens)
     try:
+        launcher = bundle_launcher(bundle, made, device)
+        weights = device_weights(made.programs, BundleSource(stored, Uploader(device)), device, launcher)
+        decoded = extent.slots * QUERIES
         runner = device_runner(
-            bundle.config,
+            made.sharing.config(bundle.config),
             made.programs,
-            device_weights(made.programs, BundleSource(stored, Uploader(device)), device),
+            weights,
             extent,
             PAGES[made.recipe.kv_cache],
+            segments=bundle_segments(bundle, made, weights, max(chunk, decoded), decoded, runtime_for),
+            ranks=ranks,
         )
         load(runner)
     except torch.cuda.OutOfMemoryError:
@@ -71,14 +115,16 @@ def open_cuda(bundle: Bundle, device: torch.device = FIRST) -> ProgramSession:
         raise DoesNotFitError(
             f"{bundle.directory} does not fit into the {total / 1e9:.0f} GB of this GPU, of which "
             f"{free / 1e9:.0f} were free in the end",
-            "End what else runs on it, or build the bundle with less max_tokens or max_sequences.",
+            "End what else runs on it, or build the bundle with less cache_tokens or max_sequences.",
         ) from None
-    return ProgramSession(bundle.config, runner, manifest.max_tokens, chunk, manifest.engine.max_sequences)
+    return runner
 
 
-def device_weights(made: ModelPrograms, source: WeightSource, device: torch.device) -> DeviceWeights:
+def device_weights(
+    made: ModelPrograms, source: WeightSource, device: torch.device, launcher: Launcher = JIT
+) -> DeviceWeights:
     """A model's weights, none of them loaded: for kernels on a CUDA device, for plain torch on others."""
-    return DeviceWeights(source, made.forms, device, compiled=device.type == "cuda")
+    return DeviceWeights(source, made.forms, device, device.type == "cuda", launcher)
 
 
 def device_runner(
@@ -88,16 +134,20 @@ def device_runner(
     extent: Extent,
     pages: torch.dtype,
     record: Recorder | None = None,
+    segments: SegmentRunner | None = None,
+    ranks: Ranks | None = None,
 ) -> DeviceRunner:
     """A model's programs where its weights are, with caches.
 
     Args:
-        config: The model.
+        config: The model; of a rank, as wide as the rank has it.
         made: Its programs.
         weights: Whose device it is.
         extent: Sequences and rows that there is room for.
         pages: What keys and values are kept in.
         record: For decoding steps; by default CUDA graphs on a CUDA device, nothing on others.
+        segments: Runs them; by default torch.
+        ranks: The others that share the model.
 
     Raises:
         UnsupportedError: there are no kernels for the device.
@@ -106,12 +156,17 @@ def device_runner(
     launches: Launches = PlainLaunches(weights)
     if weights.compiled:
         target = present_target(device)
-        launches = TritonLaunches(TritonKernels(weights, target), target)
-        record = record or GraphRecorder(device)
-    layers = (*config.layers, *config.mtp_layers[: len(made.programs) - 1])
-    kernels = SlotKernels(SlotCaches.of(layers, extent, pages, device), launches, QUERIES)
-    executor = TorchExecutor(made.segments, weights, kernels=kernels, words=weights.words)
-    return DeviceRunner(executor, made.programs, kernels, record, max(extent.call, extent.slots * QUERIES))
+        launches = TritonLaunches(TritonKernels(weights, target, launcher=weights.launcher), target)
+        if record is None:
+            record = recorder = GraphRecorder(device)
+            if ranks is not None:
+                ranks.before_parting(recorder.release)
+    graphs = [config.layers, *((layer,) for layer in config.mtp_layers[: len(made.programs) - 1])]
+    kernels = SlotKernels(DevicePages.of(graphs, extent, pages, device), launches, QUERIES)
+    segments = segments or TorchSegments(made.segments, weights, weights.words)
+    executor = TorchExecutor(segments, weights, ranks.exchange if ranks else refuse, kernels)
+    longest = max(extent.call, extent.slots * QUERIES)
+    return DeviceRunner(executor, made.programs, kernels, record, longest, ranks)
 
 
 def load(runner: DeviceRunner) -> None:

@@ -1,25 +1,29 @@
 """The session protocol over programs run by torch, by one process or by several that share the model.
 
 Every rank runs every step on its share. Rank 0 has the session: it tells the others each packed step and
-hands out the results. What a follower knows of a sequence are its caches, by slot.
+hands out the results. What a follower knows of a sequence are its caches, by slot: rows of its own, or lines
+of pages that rank 0 gives out (`PageAccount`).
 """
 
 from __future__ import annotations
 
-import signal
-import sys
 import weakref
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from step35_trt.dialects.torch import SequenceBatch
-from step35_trt.errors import DoesNotFitError, RankLostError
+from step35_trt.errors import DoesNotFitError
+from step35_trt.runtime.kv_rows import CachedRows
+from step35_trt.runtime.kv_sequence import SequenceRows
+from step35_trt.runtime.leading import lead
 from step35_trt.runtime.orders import DECODER, StepOrder
 from step35_trt.runtime.packing import Packed, check_context
-from step35_trt.runtime.program_weights import DTYPES
+from step35_trt.runtime.page_account import Growth, PageAccount
+from step35_trt.runtime.round_order import RoundOrder
 from step35_trt.runtime.session import Call, Capacity, Step
+from step35_trt.runtime.session_rounds import SessionRounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +32,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.config import Step35Config
-    from step35_trt.dialects.torch import Rows
+    from step35_trt.runtime.cache_extent import CacheLayout
     from step35_trt.runtime.program_torch import TorchExecutor
     from step35_trt.runtime.ranks import Ranks
+    from step35_trt.runtime.round_runner import RoundRunner
     from step35_trt.runtime.session import Floats, Ids
     from step35_trt.steps import StepProgram
+
+Order = TypeVar("Order", StepOrder, RoundOrder)
+R = TypeVar("R")
 
 
 class Runner(Protocol):
@@ -48,95 +56,37 @@ class Runner(Protocol):
         """The decoder's, then the modules'."""
         ...
 
-    def lead(self, step: StepOrder, hidden: Floats | None) -> tuple[Tensor, Tensor]:
-        """Run a step; logits and hidden rows, which the next run overwrites.
+    @property
+    def layout(self) -> CacheLayout | None:
+        """The pages that it has; None where each slot keeps rows of its own."""
+        ...
 
-        Args:
-            step: What to run.
-            hidden: Of an MTP module's step, packed.
+    @property
+    def ranks(self) -> Ranks | None:
+        """The other ranks; None where there are none."""
+        ...
+
+    @property
+    def rounds(self) -> RoundRunner | None:
+        """Runs rounds at once; None where steps are all that it runs."""
+        ...
+
+    def check(self, step: StepOrder) -> None:
+        """See that a step can be run.
+
+        Raises:
+            DoesNotFitError: it cannot; nothing has changed.
         """
         ...
 
-
-@dataclass
-class RankRunner:
-    """Runs packed steps on what one rank holds.
-
-    Attributes:
-        executor: Of the programs.
-        programs: The decoder's, then the modules'.
-        ranks: The others; None where there are none.
-    """
-
-    executor: TorchExecutor
-    programs: tuple[StepProgram, ...]
-    ranks: Ranks | None = None
-    _slots: dict[int, dict[int, Rows]] = field(default_factory=dict)
-
     def run(self, step: StepOrder, hidden: Floats | None = None) -> tuple[Tensor, Tensor]:
-        """Run a step; logits and hidden rows, which the next run overwrites.
+        """Run a step on this rank's share; logits and hidden rows, which the next run overwrites.
 
         Args:
             step: The same on all ranks.
             hidden: Of an MTP module's step, packed; rank 0's goes to all.
         """
-        for slot in step.closed:
-            self._slots.pop(slot, None)
-        program = self.programs[step.graph]
-        caches = tuple(self._slots.setdefault(slot, {}) for slot in step.slots)
-        for past, kept in zip(step.pasts, caches, strict=True):
-            for layer in _layers(program) & kept.keys():
-                kept[layer].truncate(past)
-        inputs = {"token_ids": torch.from_numpy(step.token_ids), "rows": torch.from_numpy(step.rows)}
-        if step.graph != DECODER:
-            inputs["carried"] = self._carried(program, len(step.token_ids), hidden)
-        outputs = self.executor.run(program, inputs, SequenceBatch(step.lengths, step.pasts, caches))
-        return outputs["logits"], outputs["hidden"]
-
-    def follow(self) -> NoReturn:
-        """What all ranks but the first do: run what they are told until there is no more.
-
-        Raises:
-            RankLostError: a rank ended, and it is for this one to say so.
-            SystemExit: the work is done.
-        """
-        assert self.ranks is not None
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's processes rank 0 decides
-        try:
-            while (order := self.ranks.hear()) is not None:
-                with self.ranks.working():
-                    self.run(StepOrder.decode(order))
-            self.ranks.part()
-        except RankLostError as error:
-            if self.ranks.speaks:
-                raise
-            sys.exit(error.exit_code)
-        sys.exit(0)
-
-    def lead(self, step: StepOrder, hidden: Floats | None) -> tuple[Tensor, Tensor]:
-        """Rank 0: run a step with all others."""
-        if self.ranks is None:
-            return self.run(step, hidden)
-        with self.ranks.working():
-            self.ranks.tell(step.encoded())
-            return self.run(step, hidden)
-
-    def _carried(self, program: StepProgram, tokens: int, hidden: Floats | None) -> Tensor:
-        buffer = next(b for b in program.buffers if b.name == program.inputs["carried"])
-        dtype, device = DTYPES[program.activation], self.executor.weights.device
-        if hidden is None:
-            carried = torch.empty(tokens, buffer.width, dtype=dtype, device=device)
-        else:
-            carried = torch.from_numpy(hidden).to(device, dtype)
-        if self.ranks is not None:
-            self.ranks.share(carried)
-        return carried
-
-
-def _layers(program: StepProgram) -> set[int]:
-    """Layers whose caches a graph has."""
-    calls = (step.call for step in program.steps if step.kind == "kernel")
-    return {call.layer for call in calls if call.plugin == "gated_attention"}
+        ...
 
 
 @dataclass
@@ -156,60 +106,116 @@ class ProgramSession:
     max_tokens: int
     prefill_chunk: int = 512
     max_sequences: int = 1
-    _sequences: weakref.WeakSet[ProgramSequence] = field(default_factory=weakref.WeakSet)
+    _open: dict[int, SequenceRows] = field(default_factory=dict)
     _free: list[int] = field(default_factory=list)
+    _ended: list[int] = field(default_factory=list)  # and not yet taken notice of
     _closed: list[int] = field(default_factory=list)  # since the last step
+    _account: PageAccount | None = None
 
     def __post_init__(self) -> None:
         self._free += reversed(range(self.max_sequences))
+        if self.runner.layout is not None:
+            self._account = PageAccount(self.runner.layout)
 
     @property
     def capacity(self) -> Capacity:
-        """See `Session`; caches grow as they are filled, so rows are bounded by the sequences alone."""
-        held = sum(sequence.length for sequence in self._sequences)
+        """See `Session`; rows that slots keep grow as they are filled, and only the slots bound them."""
+        self._notice()
+        if self._account is not None:
+            return Capacity(len(self._free), self._account.free_rows, self._account.layout.extent.page)
+        held = sum(rows.length(DECODER) for rows in self._open.values())
         return Capacity(len(self._free), self.max_sequences * self.max_tokens - held, page_rows=1)
 
+    @property
+    def rounds(self) -> SessionRounds | None:
+        """See `session.OffersRounds`; with pages for as much as a round may add to a sequence."""
+        runner, layout = self.runner.rounds, self.runner.layout
+        if runner is None or layout is None or layout.extent.call < 2 * runner.queries:
+            return None
+        return SessionRounds(self, runner)
+
     def open(self, prompt_ids: Ids | None = None, modules: int | None = None) -> ProgramSequence:
-        """See `Session`; nothing is left of earlier sequences."""
+        """See `Session`; without pages nothing is left of earlier sequences."""
+        self._notice()
         if not self._free:
             raise DoesNotFitError(
                 f"{self.max_sequences} sequences are open, as many as this bundle holds at once",
                 "Close one, or build the bundle with a larger max_sequences.",
             )
-        sequence = ProgramSequence(self, self._free.pop())
-        self._sequences.add(sequence)
-        sequence.end = weakref.finalize(sequence, self._end, sequence.slot)
+        slot = self._free.pop()
+        rows = self._open[slot] = SequenceRows(self._account.rows if self._account else _slot_rows)
+        if self._account is not None and prompt_ids is not None:
+            every = len(self.runner.programs) - 1
+            rows.begin_with(prompt_ids.tolist(), every if modules is None else modules)
+        sequence = ProgramSequence(self, slot, rows)
+        # A collector may call this in the middle of anything, so the end is only written down.
+        sequence.end = weakref.finalize(sequence, self._ended.append, slot)
         sequence.end.atexit = False
         return sequence
 
     def decode(self, calls: SequenceOf[Call]) -> list[Step]:
         """See `Session`."""
-        pasts = [_own(call).length for call in calls]
-        check_context(calls, pasts, self.max_tokens)
-        steps = self._run(DECODER, calls, pasts)
-        for call, past in zip(calls, pasts, strict=True):
-            _own(call).length = past + len(call.token_ids)
-        return steps
+        return self._run(DECODER, calls)
 
     def draft(self, module: int, calls: SequenceOf[Call]) -> list[Step]:
         """See `Session`."""
-        pasts = [_own(call).draft_length(module) for call in calls]
-        steps = self._run(1 + module, calls, pasts)
-        for call, past in zip(calls, pasts, strict=True):
-            _own(call).drafts[module] = past + len(call.token_ids)
-        return steps
+        return self._run(1 + module, calls)
 
-    def _run(self, graph: int, calls: SequenceOf[Call], pasts: list[int]) -> list[Step]:
-        packed = Packed.of(calls)
-        slots = tuple(_own(call).slot for call in calls)
-        closed, self._closed = tuple(self._closed), []
-        order = StepOrder(graph, slots, tuple(pasts), packed.lengths, packed.token_ids, packed.rows, closed)
-        out = self.runner.lead(order, packed.hidden)
+    def _run(self, graph: int, calls: SequenceOf[Call]) -> list[Step]:
+        growths = [Growth(_own(c).slot, _own(c).rows.of(graph), len(c.token_ids)) for c in calls]
+        pasts, packed = tuple(growth.rows.length for growth in growths), Packed.of(calls)
+        check_context(calls, pasts, self.max_tokens)
+        slots = tuple(growth.slot for growth in growths)
+        order = StepOrder(graph, slots, pasts, packed.lengths, packed.token_ids, packed.rows)
+        out = self.lead(order, growths, partial(self._step, packed.hidden))
+        for call, growth in zip(calls, growths, strict=True):
+            growth.rows.append(call.token_ids)
+            self.settled(_own(call).rows, growth.rows)
         return packed.split(*(value.to("cpu", torch.float32, copy=True).numpy() for value in out))
 
-    def _end(self, slot: int) -> None:
-        self._free.append(slot)
-        self._closed.append(slot)
+    def lead(self, order: Order, growths: SequenceOf[Growth], run: Callable[[Order], R]) -> R:
+        """Have all ranks do what an order says, with the pages that it needs.
+
+        Args:
+            order: Without what lines have to change, and without the slots that were closed.
+            growths: What it adds.
+            run: Does it here.
+
+        Raises:
+            DoesNotFitError: there are not so many pages, or `run` does not find it possible; nothing has
+                changed.
+        """
+        self._notice()
+        closed, account = tuple(self._closed), self._account
+        if account is None:
+            out = run(replace(order, closed=closed))
+        else:
+            moves = account.grow(growths)
+            try:
+                out = run(replace(order, closed=closed, moves=moves))
+            except DoesNotFitError:
+                account.take_back(growths)
+                raise
+            account.told(growths)
+        del self._closed[: len(closed)]
+        return out
+
+    def settled(self, sequence: SequenceRows, rows: CachedRows) -> None:
+        """Of rows that a sequence has just got: see `SequenceRows.settled`."""
+        if self._account is not None:
+            sequence.settled(rows)
+
+    def _step(self, hidden: Floats | None, order: StepOrder) -> tuple[Tensor, Tensor]:
+        self.runner.check(order)
+        return lead(self.runner.ranks, order, partial(self.runner.run, order, hidden))
+
+    def _notice(self) -> None:
+        """Take back what sequences had that have ended."""
+        while self._ended:
+            slot = self._ended.pop()
+            self._open.pop(slot).close()
+            self._free.append(slot)
+            self._closed.append(slot)
 
 
 @dataclass(eq=False)
@@ -218,9 +224,13 @@ class ProgramSequence:
 
     session: ProgramSession
     slot: int
-    length: int = 0
-    drafts: dict[int, int] = field(default_factory=dict)
+    rows: SequenceRows
     end: Callable[[], object] = lambda: None
+
+    @property
+    def length(self) -> int:
+        """See `Sequence`."""
+        return self.rows.length(DECODER)
 
     def decode(self, token_ids: Ids, rows: Ids) -> Step:
         """See `Sequence`."""
@@ -228,11 +238,11 @@ class ProgramSequence:
 
     def truncate(self, length: int) -> None:
         """See `Sequence`; the next step's order says so to the ranks."""
-        self.length = length
+        self.rows.of(DECODER).truncate(length)
 
     def draft_length(self, module: int) -> int:
         """See `Sequence`."""
-        return self.drafts.get(module, 0)
+        return self.rows.length(1 + module)
 
     def draft(self, module: int, token_ids: Ids, hidden: Floats, rows: Ids) -> Step:
         """See `Sequence`."""
@@ -240,12 +250,16 @@ class ProgramSequence:
 
     def truncate_draft(self, module: int, length: int) -> None:
         """See `Sequence`."""
-        self.drafts[module] = length
+        self.rows.of(1 + module).truncate(length)
 
     def close(self) -> None:
-        """See `Sequence`."""
-        self.length = 0
+        """See `Sequence`; with pages, what it leaves behind can be found until they are needed."""
         self.end()
+        self.session._notice()
+
+
+def _slot_rows(graph: int) -> CachedRows:
+    return CachedRows((), ahead=graph - DECODER)
 
 
 def _own(call: Call) -> ProgramSequence:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from step35_trt import model
-from step35_trt.dialects.torch import CheckpointWeights, SequenceBatch, TorchOps
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
+from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.runtime.packing import UNBOUNDED, Packed, check_context
 from step35_trt.runtime.session import Call
 
@@ -33,21 +34,9 @@ class TorchSession:
     kernels: Kernels | None = None
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> TorchSession:
-        """The reference for a checkpoint; on a CUDA device with the GPU kernels.
-
-        Raises:
-            UnsupportedError: there are no kernels for the device.
-        """
-        weights = CheckpointWeights(checkpoint, dtype, device)
-        if device == "cpu":
-            return cls(checkpoint.config, weights)
-        from step35_trt.dialects.torch_kernels import TritonKernels, present_target
-
-        kernels = TritonKernels(weights, present_target(torch.device(device)))
-        return cls(checkpoint.config, weights, kernels=kernels)
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> TorchSession:
+        """The reference for a checkpoint."""
+        return cls(checkpoint.config, CheckpointWeights(checkpoint, dtype))
 
     @property
     def max_tokens(self) -> int:

@@ -6,14 +6,14 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from step35_trt.errors import Step35Error
+from step35_trt.runtime.answer_text import AnswerText
 from step35_trt.runtime.requests import Failed, TokenRequest, Tokens
-from step35_trt.runtime.text import AnswerText
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Sequence
     from typing import Literal
 
-    from step35_trt.runtime.generate import GenerationStats
+    from step35_trt.runtime.generation_stats import GenerationStats
     from step35_trt.runtime.requests import Event
     from step35_trt.runtime.sampling import SamplingParams
     from step35_trt.runtime.serving import ServingLoop

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from step35_trt.runtime.text import undecided
+from step35_trt.runtime.answer_text import undecided
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -24,6 +24,7 @@ from step35_trt.lower import ModelPrograms  # noqa: E402
 from step35_trt.quantize.recipe import Recipe  # noqa: E402
 from step35_trt.quantize.run import CalibrationOptions, Job  # noqa: E402
 from step35_trt.resources import NANO  # noqa: E402
+from step35_trt.runtime.cache_extent import Extent  # noqa: E402
 from step35_trt.runtime.generate import generate  # noqa: E402
 from step35_trt.runtime.gpu import capabilities  # noqa: E402
 from step35_trt.runtime.load import open_bundle  # noqa: E402
@@ -31,7 +32,6 @@ from step35_trt.runtime.sampling import SamplingParams  # noqa: E402
 from step35_trt.runtime.session import Call  # noqa: E402
 from step35_trt.runtime.session_cuda import device_runner, device_weights  # noqa: E402
 from step35_trt.runtime.session_program import ProgramSession  # noqa: E402
-from step35_trt.runtime.slot_caches import Extent  # noqa: E402
 from step35_trt.weight_forms import Forms  # noqa: E402
 
 if TYPE_CHECKING:
@@ -84,6 +84,24 @@ def test_graphs_are_the_steps_they_recorded(model: Model) -> None:
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one.logits, other.logits)
         np.testing.assert_array_equal(one.hidden, other.hidden)
+
+
+def test_a_prefix_is_found_again(model: Model) -> None:
+    """From pages that others may hold too; the steps that are left are the same, and not a bit differs."""
+    session, ids = session_of(model, recorded=True), np.random.default_rng(1).integers(0, 1024, 310)
+    steps = []
+    for _ in range(2):
+        sequence = session.open(ids, 0)
+        for start in (*range(sequence.length, 300, 64), *range(300, 310)):
+            part = ids[start : min(start + 64, 300) if start < 300 else start + 1]
+            last = sequence.decode(part, np.array([len(part) - 1]))
+            if start >= 256:
+                steps.append(last)
+        session.open().decode(ids[:50], np.array([0]))  # takes pages in between
+        sequence.close()
+        assert session.open(ids, 0).length == 256
+    for one, other in zip(steps[:11], steps[11:], strict=True):
+        np.testing.assert_array_equal(one.logits, other.logits)
 
 
 def test_drafts_change_no_token() -> None:

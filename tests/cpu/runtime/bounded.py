@@ -7,7 +7,7 @@ from typing import Any
 
 from step35_trt.config import Step35Config
 from step35_trt.errors import DoesNotFitError
-from step35_trt.runtime.session import Capacity, Step
+from step35_trt.runtime.session import Capacity, RoundResult, Step
 from tests.cpu.runtime.fakes import Cache, FakeSequence, FakeSession
 from tests.synthetic import raw_config
 
@@ -61,13 +61,18 @@ class BoundedSession(FakeSession):
         return sequence
 
     def decode(self, calls: Any) -> list[Step]:
-        held = sum(self.pages(sequence) for sequence in self.open_sequences)
-        more = sum(
-            self.pages(call.sequence, len(call.token_ids)) - self.pages(call.sequence) for call in calls
-        )
-        assert (held + more) * self.page_rows <= self.most_rows, "a page too many was asked for"
-        self.steps.append([(call.sequence, len(call.token_ids)) for call in calls])
+        self._take_pages([(call.sequence, len(call.token_ids)) for call in calls])
         return super().decode(calls)
+
+    def round(self, calls: Any) -> list[RoundResult]:
+        self._take_pages([(call.sequence, call.depth + 1) for call in calls])
+        return super().round(calls)
+
+    def _take_pages(self, step: list[tuple[FakeSequence, int]]) -> None:
+        held = sum(self.pages(sequence) for sequence in self.open_sequences)
+        more = sum(self.pages(sequence, tokens) - self.pages(sequence) for sequence, tokens in step)
+        assert (held + more) * self.page_rows <= self.most_rows, "a page too many was asked for"
+        self.steps.append(step)
 
     def _shared(self, other: FakeSequence, tokens: list[int], heads: int) -> int:
         """Rows that two sequences have in common, whole pages."""

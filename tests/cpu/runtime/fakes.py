@@ -17,13 +17,16 @@ import numpy as np
 
 from step35_trt.config import Step35Config
 from step35_trt.runtime.packing import UNBOUNDED, check_context
-from step35_trt.runtime.session import Call, Capacity, Step
+from step35_trt.runtime.round_plan import parts
+from step35_trt.runtime.session import Call, Capacity, RoundResult, Step
 
 if TYPE_CHECKING:
     from step35_trt.runtime.sampling import SamplingParams
+    from step35_trt.runtime.session import RoundCall
 
 WIDTH = 4  # of a hidden row: position, token, checksum, producer
 DECODER = -1
+QUERIES, SPAN = 4, 16  # of a round: rows of a sequence at a time, hidden rows that are kept
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class FakeSession:
     draft_seconds: float = 0.125  # a row of a module
     capacity: Capacity = UNBOUNDED
     checked: bool = True  # off where a test is about numbers only and long
+    whole: bool = False  # whether it has rounds
     opened: list[FakeSequence] = field(default_factory=list)
 
     @property
@@ -131,10 +135,35 @@ class FakeSession:
         self.clock.now += self.draft_seconds * _tokens(calls)
         return [call.sequence.append_draft(module, call.token_ids, call.hidden, call.rows) for call in calls]
 
+    @property
+    def rounds(self) -> FakeRounds | None:
+        return FakeRounds(self) if self.whole else None
+
+    def round(self, calls: Any) -> list[RoundResult]:
+        verified = [Call(c.sequence, np.arange(c.depth + 1), np.arange(c.depth + 1)) for c in calls]
+        check_context(verified, [call.sequence.length for call in calls], self.max_tokens)
+        self._check_step(verified)
+        self.clock.now += self.decode_seconds + self.token_seconds * (_tokens(verified) - 1)
+        return [call.sequence.round(call) for call in calls]
+
+    @property
+    def longest_call(self) -> int:
+        return max(self.prefill_chunk, QUERIES) if self.whole else self.prefill_chunk
+
     def _check_step(self, calls: Any) -> None:
         assert calls
         assert all(call.sequence.session is self for call in calls)
         assert not self.checked or _tokens(calls) <= self.prefill_chunk
+
+
+@dataclass
+class FakeRounds:
+    session: FakeSession
+    drafts: int = QUERIES - 1
+    behind: int = 2 * QUERIES
+
+    def round(self, calls: Any) -> list[RoundResult]:
+        return self.session.round(calls)
 
 
 def _tokens(calls: Any) -> int:
@@ -147,6 +176,7 @@ class FakeSequence:
         self.decoder = Cache()
         self.modules = [Cache() for _ in session.model.heads]
         self.calls: list[tuple[int, int, int]] = []  # who ran, rows, rows whose logits were wanted
+        self.held: dict[int, list[Any]] = {}  # hidden rows by who made them, as a device keeps them
         self.closed = False
 
     @property
@@ -198,11 +228,30 @@ class FakeSequence:
     def truncate_draft(self, module: int, length: int) -> None:
         self.modules[module].truncate(length)
 
+    def round(self, call: RoundCall) -> RoundResult:
+        """By the plan, each part on what the parts before have left."""
+        assert call.sequence is self
+        drafts = np.full(call.depth, -1, dtype=np.int64)
+        for module, part in ((part.graph - 1, part) for part in parts(call, QUERIES)):
+            made = 0 if not len(part.rows) else call.depth if module < 0 else module
+            assert part.token_ids.min() >= -made, "a draft that nobody has made yet"
+            ids = part.filled(drafts.clip(min=0))  # as a device does with what is not finite
+            if part.graph == 0:
+                assert part.past == self.length
+                return RoundResult(drafts, _likeliest(self.append(ids, part.rows).logits))
+            assert part.past == self.draft_length(module)
+            rows = range(part.past, part.past + len(ids))
+            hidden = np.array([self.held[module - 1][row % SPAN] for row in rows])
+            step = self.append_draft(module, ids, hidden, part.rows)
+            if len(part.rows):
+                drafts[module] = _likeliest(step.logits)[0]
+        raise AssertionError("a round ends with the decoder")
+
     def _check_call(self, token_ids: Any, rows: Any) -> None:
         assert token_ids.dtype == np.int64
         assert rows.dtype == np.int64
         assert token_ids.ndim == rows.ndim == 1
-        assert 1 <= len(token_ids) <= self.session.prefill_chunk
+        assert 1 <= len(token_ids) <= self.session.longest_call
         assert all(0 <= row < len(token_ids) for row in rows.tolist())
 
     def _check_drafts(self, tokens: list[int]) -> None:
@@ -235,7 +284,17 @@ class FakeSequence:
 
     def _hidden(self, cache: Cache, producer: int) -> Any:
         rows = range(cache.latest, len(cache.tokens))
-        return np.array([(p, cache.tokens[p], cache.sums[p], producer) for p in rows], dtype=np.float32)
+        hidden = np.array([(p, cache.tokens[p], cache.sums[p], producer) for p in rows], dtype=np.float32)
+        ring = self.held.setdefault(producer, [None] * SPAN)
+        for row, position in zip(hidden, rows, strict=True):
+            ring[position % SPAN] = row
+        return hidden
+
+
+def _likeliest(logits: Any) -> Any:
+    """By the book; -1 where a logit is not finite."""
+    rows = [row.tolist() for row in logits]
+    return np.array([row.index(max(row)) if np.isfinite(row).all() else -1 for row in rows], dtype=np.int64)
 
 
 def fresh_caches(session: FakeSession, tokens: list[int], lengths: list[int]) -> FakeSequence:

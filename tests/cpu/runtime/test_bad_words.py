@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from step35_trt.errors import UsageError
-from step35_trt.runtime.generate import GenerationStats, generate
+from step35_trt.runtime.generate import generate
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import (
     SamplingParams,
     greedy,

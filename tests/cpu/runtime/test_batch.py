@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import step35_trt.nano
+from step35_trt import console
 from step35_trt.errors import UsageError
 from step35_trt.runtime import batch_lines
 from step35_trt.runtime.batch import BatchSummary, answer_lines, run_batch
@@ -125,7 +128,7 @@ def test_paths_that_do_not_work(tmp_path: Path) -> None:
         (tmp_path / "none", tmp_path / "out", "cannot read"),
         (tmp_path / "folder", tmp_path / "out", "cannot read"),
         (source, tmp_path / "none" / "out", "does not exist"),
-        (source, tmp_path / "folder", "is a folder"),
+        (source, tmp_path / "folder", "is no file"),
         (source, source, "both input and output"),
         (tmp_path / "in.partial", source, "both input and output"),
     ):
@@ -135,6 +138,20 @@ def test_paths_that_do_not_work(tmp_path: Path) -> None:
     (tmp_path / "utf16").write_bytes(line("a").encode("utf-16"))
     with pytest.raises(UsageError, match="UTF-16"):
         answer_lines(echo, tmp_path / "utf16", tmp_path / "out")
+    assert not partial(tmp_path / "out").exists()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is no file"):
+        answer_lines(echo, source, tmp_path / "pipe")
+
+
+def test_requests_through_a_pipe(tmp_path: Path) -> None:
+    """Which can be read once: counting its lines for the progress would take them."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(line("a").encode() + b"\n"))
+    with console.line_progress("answering", tmp_path / "pipe"):
+        writer.start()
+        assert answer_lines(echo, tmp_path / "pipe", tmp_path / "out").answered == 1
+    writer.join(10)
 
 
 def test_a_batch_with_a_session(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from step35_trt.config import Step35Config
-from step35_trt.runtime.batch_depth import BatchDepth, Member, StepCosts, prior_cost
+from step35_trt.runtime.batch_depth import BatchDepth, Member
+from step35_trt.runtime.round_costs import PRIOR_MODULE, RoundCosts, StepCosts, StepwiseCosts, prior_cost
 from step35_trt.steps import Cost
 from tests.synthetic import raw_config
 
@@ -25,9 +26,13 @@ class World:
         rates: Sequence[tuple[float, ...]],
         decoder: Callable[[int], float],
         module: float = 0.01,
+        whole: bool = False,  # whether rounds are measured as a whole
     ) -> None:
         self.rates, self.decoder, self.module = rates, decoder, module
-        self.batch = BatchDepth(3, lambda tokens: 1 + 0.1 * tokens)
+        self.costs: StepwiseCosts | RoundCosts = StepwiseCosts(3, lambda tokens: 1 + 0.1 * tokens)
+        if whole:
+            self.costs = RoundCosts(lambda tokens: 1 + 0.1 * tokens)
+        self.batch = BatchDepth(3, self.costs)
         self.members = [self.batch.member() for _ in rates]
         self.rng = np.random.default_rng(0)
         self.tokens = self.seconds = 0.0
@@ -35,10 +40,14 @@ class World:
     def round(self, others: int = 0) -> list[int]:
         self.batch.choose(self.members, others)
         depths = [member.choose(3) for member in self.members]
-        for module in range(max(depths)):
-            self.batch.costs(module).record(2 * sum(d > module for d in depths), self.module)
         size = others + sum(1 + depth for depth in depths)
-        self.batch.costs(None).record(size, self.decoder(size) * self.rng.uniform(0.95, 1.05))
+        verifying, drafting = self.decoder(size) * self.rng.uniform(0.95, 1.05), self.module * max(depths)
+        if isinstance(self.costs, RoundCosts):
+            self.costs.record(size, verifying + drafting)
+        else:
+            for module in range(max(depths)):
+                self.costs.of(module).record(2 * sum(d > module for d in depths), self.module)
+            self.costs.of(None).record(size, verifying)
         for member, depth, rates in zip(self.members, depths, self.rates, strict=True):
             accepted = 0
             while accepted < depth and self.rng.random() < rates[accepted]:
@@ -62,12 +71,14 @@ def compute_bound(tokens: int) -> float:
     return 0.1 + 1.0 * tokens
 
 
-def test_where_weights_are_read_anyway_everybody_drafts() -> None:
-    assert all(depth > 2.4 for depth in World([CHEAP] * 8, memory_bound).settled())
+@pytest.mark.parametrize("whole", [False, True])
+def test_where_weights_are_read_anyway_everybody_drafts(whole: bool) -> None:
+    assert all(depth > 2.4 for depth in World([CHEAP] * 8, memory_bound, whole=whole).settled())
 
 
-def test_where_each_token_costs_its_share_nobody_does() -> None:
-    assert all(depth < 0.6 for depth in World([(0.6, 0.5, 0.5)] * 8, compute_bound).settled())
+@pytest.mark.parametrize("whole", [False, True])
+def test_where_each_token_costs_its_share_nobody_does(whole: bool) -> None:
+    assert all(depth < 0.6 for depth in World([(0.6, 0.5, 0.5)] * 8, compute_bound, whole=whole).settled())
 
 
 def test_who_is_predicted_well_drafts_and_who_is_not_does_not() -> None:
@@ -84,10 +95,10 @@ def test_costs_that_jump_at_a_size_keep_the_step_below_it() -> None:
 
 
 @pytest.mark.parametrize("decoder", [memory_bound, lambda t: 1 + 0.2 * t, lambda t: 1 - 0.9**t + 0.03 * t])
-@pytest.mark.parametrize("count", [1, 12])
-def test_trials_and_errors_cost_little(decoder: Callable[[int], float], count: int) -> None:
+@pytest.mark.parametrize(("count", "whole"), [(1, False), (12, False), (1, True), (12, True)])
+def test_trials_and_errors_cost_little(decoder: Callable[[int], float], count: int, whole: bool) -> None:
     rates = (0.85, 0.75, 0.65)
-    world = World([rates] * count, decoder, module=0.02)
+    world = World([rates] * count, decoder, module=0.02, whole=whole)
     for _ in range(600):
         world.round()
     each = np.cumprod([1.0, *rates]).cumsum()
@@ -102,17 +113,17 @@ def test_new_sequences_begin_with_what_the_others_taught() -> None:
 
 
 def test_the_limit_of_a_sequence_holds() -> None:
-    member = BatchDepth(3, memory_bound).member()
+    member = BatchDepth(3, RoundCosts(memory_bound)).member()
     member.depth = 3
     assert [member.choose(limit) for limit in range(5)] == [0, 1, 2, 3, 3]
 
 
 def test_without_modules_or_sequences_there_is_nothing_to_choose() -> None:
-    empty = BatchDepth(0, memory_bound)
+    empty = BatchDepth(0, RoundCosts(memory_bound))
     member = empty.member()
     empty.choose([member], 0)
     assert member.choose(3) == 0
-    BatchDepth(3, memory_bound).choose([], 5)
+    BatchDepth(3, RoundCosts(memory_bound)).choose([], 5)
 
 
 def test_costs_are_read_between_and_beyond_what_was_measured() -> None:
@@ -131,6 +142,17 @@ def test_costs_are_read_between_and_beyond_what_was_measured() -> None:
     assert costs.known(4)
     assert not costs.known(6)
     assert costs.age(8) < costs.age(4) < costs.age(5)
+
+
+def test_what_was_measured_of_a_round_has_its_modules_in_it() -> None:
+    costs = RoundCosts(lambda tokens: 2.0 * tokens)
+    assert costs.seconds(3, [1, 1, 0]) == 6 + 2 * PRIOR_MODULE * 2
+    for _ in range(2):
+        costs.record(4, 10.0)
+    assert costs.known(4)
+    assert costs.seconds(4, [2, 2, 0]) == costs.seconds(4, [0, 0, 0]) == 10
+    assert costs.seconds(8, [0, 0, 0]) == 20
+    assert costs.seconds(8, [8, 0, 0]) == 20 + PRIOR_MODULE * 2.5
 
 
 def test_a_hiccup_does_not_decide() -> None:
@@ -169,4 +191,4 @@ def _weights(config: Step35Config) -> tuple[int, int]:
 def test_a_member_is_a_policy() -> None:
     from step35_trt.runtime.depth import DepthPolicy
 
-    assert isinstance(Member(BatchDepth(3, memory_bound)), DepthPolicy)
+    assert isinstance(Member(BatchDepth(3, RoundCosts(memory_bound))), DepthPolicy)

@@ -12,16 +12,18 @@ from benchmarks.gpu_sources import RandomSource
 from step35_trt.config import Step35Config
 from step35_trt.dialects.slot_kernels import Launches, PlainLaunches, SlotKernels, TritonLaunches
 from step35_trt.dialects.torch_kernels import TritonKernels
-from step35_trt.gpu_weights import deployed_forms
+from step35_trt.gpu_forms import deployed_forms
 from step35_trt.kernels import plugin
 from step35_trt.kernels.targets import TARGETS
 from step35_trt.lower import ModelPrograms
 from step35_trt.quantize.recipe import Recipe
+from step35_trt.runtime.cache_extent import Extent
+from step35_trt.runtime.device_pages import DeviceBatch, DevicePages
 from step35_trt.runtime.device_runner import NOBODY, DeviceRunner
 from step35_trt.runtime.device_weights import DeviceWeights
 from step35_trt.runtime.orders import StepOrder
 from step35_trt.runtime.program_torch import TorchExecutor
-from step35_trt.runtime.slot_caches import DeviceBatch, Extent, SlotCaches
+from step35_trt.runtime.torch_segments import TorchSegments
 from tests.cpu.plugins.gated_attention.cases import EPS, layer
 from tests.synthetic import raw_config
 
@@ -42,9 +44,10 @@ def runner_of(config: Step35Config, *, compiled: bool) -> DeviceRunner:
     launches: Launches = PlainLaunches(weights)
     if compiled:
         launches = TritonLaunches(TritonKernels(weights, HOPPER), HOPPER)
-    caches = SlotCaches.of((*config.layers, *config.mtp_layers), Extent(3, 200, 24), torch.bfloat16, CPU)
+    caches = DevicePages.of([config.layers, config.mtp_layers], Extent(3, 200, 24), torch.bfloat16, CPU)
     kernels = SlotKernels(caches, launches, 4)
-    executor = TorchExecutor(made.segments, weights, kernels=kernels, words=weights.words)
+    segments = TorchSegments(made.segments, weights, weights.words)
+    executor = TorchExecutor(segments, weights, kernels=kernels)
     return DeviceRunner(executor, made.programs, kernels, None, 24)
 
 
@@ -64,7 +67,7 @@ STEPS = [
 def test_kernels_compute_what_plain_torch_does(config: Step35Config) -> None:
     compiled, plain = (runner_of(config, compiled=kind) for kind in (True, False))
     for step, hidden in STEPS:
-        for got, want in zip(compiled.lead(step, hidden), plain.lead(step, hidden), strict=True):
+        for got, want in zip(compiled.run(step, hidden), plain.run(step, hidden), strict=True):
             error = (got.float() - want.float()).abs().max() / want.float().abs().max()
             assert 0 < error < 0.05  # all is rounded to bf16, and not at the same places
 
@@ -77,9 +80,11 @@ def test_bounds_of_launches_change_no_bit(window: int) -> None:
     found = []
     for known in (True, False):
         generator.manual_seed(0)
-        caches = SlotCaches.of([spec], Extent(3, 400, 8), torch.float32, CPU)
+        caches = DevicePages.of([[spec]], Extent(3, 400, 8), torch.float32, CPU)
         for kept in (caches.keys, caches.values):
             kept[spec.index].normal_(generator=generator)
+        pages = torch.randperm(caches.layout.tables[0].pages, generator=generator)
+        caches.entries.copy_(pages[: len(caches.entries)])
         launches = TritonLaunches(TritonKernels(None, HOPPER), HOPPER)
         kernels = SlotKernels(caches, launches, 4)
         batch = plugin.load("gated_attention", "batch").Batch.of(lengths, pasts)
@@ -97,12 +102,12 @@ def test_bounds_of_launches_change_no_bit(window: int) -> None:
 
 def test_a_table_that_is_too_short_is_refused() -> None:
     spec = layer(8, 1, 16, 0, 8)
-    cache = SlotCaches.of([spec], Extent(1, 128, 8), torch.float32, CPU)
+    cache = DevicePages.of([[spec]], Extent(1, 128, 8), torch.float32, CPU)
     geometry = plugin.load("gated_attention", "geometry").Geometry.of(spec, EPS, 4)
     numbers = torch.zeros(2, dtype=torch.int32)
-    tables = cache.tables(torch.zeros(1, dtype=torch.int32))
+    line = cache.lines(cache.layout.tables[0], torch.zeros(1, dtype=torch.int32))
     for longest in (128, 129):
         batch = DeviceBatch(1, 1, 1, longest, numbers, numbers[:1], numbers[:1])
         refused = pytest.raises(ValueError, match="the table spans 128") if longest > 128 else nullcontext()
         with refused:
-            batch.check(cache.cache(spec.index, tables), geometry)
+            batch.check(cache.cache(spec.index, line), geometry)

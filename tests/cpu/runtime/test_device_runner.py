@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +13,13 @@ from step35_trt.checkpoint import Checkpoint
 from step35_trt.errors import DoesNotFitError
 from step35_trt.lower import ModelPrograms
 from step35_trt.resources import NANO
+from step35_trt.runtime.cache_extent import Extent
 from step35_trt.runtime.generate import generate
 from step35_trt.runtime.sampling import SamplingParams
 from step35_trt.runtime.session import Call
 from step35_trt.runtime.session_cuda import device_runner, device_weights
 from step35_trt.runtime.session_program import ProgramSession
 from step35_trt.runtime.session_torch import TorchSession
-from step35_trt.runtime.slot_caches import Extent
 from tests.forms import forms
 from tests.synthetic import raw_config, write_checkpoint
 from tests.tape import TapeRecorder
@@ -61,7 +60,7 @@ def story(session: Session) -> list[np.ndarray]:
         return Call(sequence, ids(count), np.arange(count))
 
     first, second = session.open(), session.open()
-    for _ in range(5):  # 200 rows: window layers have pages for 128
+    for _ in range(5):  # 200 rows: window layers give back the first page
         note(session.decode([whole(first, 40)]))
     hidden = found[-1]
     note(session.decode([whole(second, 30), whole(first, 2)]))
@@ -122,13 +121,3 @@ def test_what_was_recorded_stays_where_it_is(checkpoint: Checkpoint) -> None:
     sequence = session.open()
     with pytest.raises(DoesNotFitError, match="49 tokens, where 48"):
         sequence.decode(np.zeros(49, np.int64), np.array([0]))
-
-
-def test_rings_hold_what_a_call_adds_and_takes_back(checkpoint: Checkpoint) -> None:
-    window = next(layer for layer in checkpoint.config.layers if layer.window)
-    full = next(layer for layer in checkpoint.config.layers if not layer.window)
-    assert Extent(1, 4096, 120).pages(full) == 32
-    assert Extent(1, 4096, 112).pages(window) == 1  # 8 + 112 + 8 rows are a page
-    assert Extent(1, 4096, 113).pages(window) == 2
-    assert Extent(3, 4096, 113).nbytes([window], 2) == 3 * 2 * 128 * 2 * 16 * 2
-    assert replace(EXTENT, rows=16).pages(window) == 1

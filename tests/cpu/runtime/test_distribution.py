@@ -10,7 +10,8 @@ from scipy.stats import chi2
 
 from step35_trt.runtime import drafting, sampling
 from step35_trt.runtime import generate as generate_module
-from step35_trt.runtime.generate import GenerationStats, generate
+from step35_trt.runtime.generate import generate
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import SamplingParams, probabilities
 from tests.cpu.runtime.fakes import FakeModel, FakeSession, chi_square, exact_probabilities
 from tests.cpu.runtime.test_sampling import always_accept, redraw_from_target

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from step35_trt.errors import DoesNotFitError, Step35Error, UsageError, VerificationError
 from step35_trt.runtime.calls import run
-from step35_trt.runtime.generate import Generation, GenerationStats, generate
+from step35_trt.runtime.generate import generate
+from step35_trt.runtime.generation import Generation
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import SamplingParams
 from tests.cpu.runtime.fakes import DECODER, FakeModel, FakeSession, Scripted, flat, fresh_caches
 
@@ -30,6 +32,7 @@ DEPTHS: tuple[Any, ...] = (0, 1, 2, 3, "auto")
     chunk=st.integers(1, 9),
     max_tokens=st.integers(1, 40),
     context=st.sampled_from([30, 4096]),
+    whole=st.booleans(),
 )
 def test_greedy_output_is_the_decoders_whatever_is_drafted(
     seed: int,
@@ -41,12 +44,13 @@ def test_greedy_output_is_the_decoders_whatever_is_drafted(
     chunk: int,
     max_tokens: int,
     context: int,
+    whole: bool,
 ) -> None:
     model = FakeModel.drawn(seed, vocabulary=vocabulary, modules=modules, noise=noise, levels=levels)
     prompt = np.random.default_rng(seed).integers(0, vocabulary, prompt_length).tolist()
     expected = model.greedy(prompt, min(max_tokens, context - prompt_length))
     for draft_tokens in (*range(modules + 1), "auto"):
-        session = FakeSession(model, max_tokens=context, prefill_chunk=chunk)
+        session = FakeSession(model, max_tokens=context, prefill_chunk=chunk, whole=whole)
         stats = GenerationStats()
         parts = list(
             generate(
@@ -74,11 +78,12 @@ def test_greedy_output_is_the_decoders_whatever_is_drafted(
     chunk=st.integers(4, 12),
     depths=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     rounds=st.integers(0, 40),
+    whole=st.booleans(),
 )
 def test_wherever_it_is_interrupted_the_caches_are_those_of_a_fresh_sequence(
-    seed: int, noise: float, prompt_length: int, chunk: int, depths: list[int], rounds: int
+    seed: int, noise: float, prompt_length: int, chunk: int, depths: list[int], rounds: int, whole: bool
 ) -> None:
-    session = FakeSession(FakeModel.drawn(seed, noise=noise), prefill_chunk=chunk)
+    session = FakeSession(FakeModel.drawn(seed, noise=noise), prefill_chunk=chunk, whole=whole)
     prompt = np.random.default_rng(seed).integers(0, 8, prompt_length).tolist()
     answer = generate(session, prompt, GREEDY, max_tokens=500, draft_tokens=Scripted(depths))
     tokens = prompt + [token for _ in range(rounds + 1) for token in next(answer)]
@@ -228,12 +233,14 @@ def test_a_prompt_may_be_any_row_of_ids(prompt: Any) -> None:
     assert flat(generate(FakeSession(model), prompt, GREEDY, max_tokens=5)) == model.greedy([1, 2], 5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "whole"), [(0.0, False), (1.0, False), (0.0, True)])
 @pytest.mark.parametrize("broken", ["decoder", "heads"])
-def test_logits_that_are_not_finite_end_the_answer_with_one_sentence(broken: str, temperature: float) -> None:
+def test_logits_that_are_not_finite_end_the_answer_with_one_sentence(
+    broken: str, temperature: float, whole: bool
+) -> None:
     model = FakeModel.drawn(1)
     getattr(model, broken)[..., 3] = math.nan
-    session = FakeSession(model)
+    session = FakeSession(model, whole=whole)
     with pytest.raises(VerificationError, match="not finite"):
         list(
             generate(
@@ -279,22 +286,29 @@ PAIR = ([1, 2, 3, 4, 5, 6, 7], [7])
 
 
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 1000), depth=st.sampled_from(DEPTHS), chunk=st.integers(4, 9))
-def test_generations_can_take_turns_and_have_their_prompts_cut(seed: int, depth: Any, chunk: int) -> None:
+@given(seed=st.integers(0, 1000), depth=st.sampled_from(DEPTHS), chunk=st.integers(4, 9), whole=st.booleans())
+def test_generations_can_take_turns_and_have_their_prompts_cut(
+    seed: int, depth: Any, chunk: int, whole: bool
+) -> None:
     model, rng = FakeModel.drawn(4), np.random.default_rng(seed)
-    session = FakeSession(model, prefill_chunk=chunk)
+    session = FakeSession(model, prefill_chunk=chunk, whole=whole)
     turns = [Generation(session, prompt, GREEDY, max_tokens=40, draft_tokens=depth) for prompt in PAIR]
     said = finish(session, turns, lambda count: int(rng.integers(count)))
     assert said == [model.greedy(prompt, 40) for prompt in PAIR]
 
 
 @settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 1000), depth=st.sampled_from(DEPTHS), temperature=st.sampled_from([0.0, 1.0]))
+@given(
+    seed=st.integers(0, 1000),
+    depth=st.sampled_from(DEPTHS),
+    temperature=st.sampled_from([0.0, 1.0]),
+    whole=st.booleans(),
+)
 def test_an_answer_goes_on_with_another_sequence_as_if_nothing_had_happened(
-    seed: int, depth: Any, temperature: float
+    seed: int, depth: Any, temperature: float, whole: bool
 ) -> None:
     model, rng = FakeModel.drawn(4), np.random.default_rng(seed)
-    session = FakeSession(model, prefill_chunk=16)
+    session = FakeSession(model, prefill_chunk=16, whole=whole)
     params = SamplingParams(temperature=temperature, seed=seed)
     expected = flat(generate(session, PAIR[0], params, max_tokens=40, draft_tokens=depth))
     generation = Generation(session, PAIR[0], params, max_tokens=40, draft_tokens=depth)

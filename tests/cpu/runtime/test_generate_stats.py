@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from step35_trt.runtime.depth import DepthController
-from step35_trt.runtime.generate import GenerationStats, generate
+from step35_trt.runtime.generate import generate
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.sampling import SamplingParams
 from tests.cpu.runtime.fakes import FakeModel, FakeSession, Scripted, flat
 

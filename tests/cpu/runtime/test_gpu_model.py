@@ -37,7 +37,9 @@ def test_what_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(line["batch"], line["drafts"]) for line in by_stage["drafts"]] == [
         (batch, drafts) for batch in (1, 2) for drafts in range(4)
     ]
+    assert all(line["round_ms"] > 0 and line["steps_ms"] > 0 for line in by_stage["drafts"])
     last = by_stage["drafts"][3]
+    assert last["cost"] == pytest.approx(last["round_ms"] / by_stage["drafts"][0]["round_ms"])
     tokens = 1 + 0.85 + 0.85 * 0.75 + 0.85 * 0.75 * 0.65
     assert last["speed_up_at_0.85_0.75_0.65"] == pytest.approx(tokens / last["cost"])
     [prefill] = by_stage["prefill"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from step35_trt.errors import DoesNotFitError, UsageError, VerificationError
@@ -111,6 +111,20 @@ REQUESTS = st.builds(
     step_tokens=st.sampled_from([None, 1, 6]),
     sequences=st.integers(1, 6),
     rows=st.sampled_from([80, 120, 4096]),
+    whole=st.booleans(),
+)
+@example(  # finds no page in the turn in which the other one ends
+    arrivals=[
+        *[(TokenRequest([0], 1, draft_tokens=0), turns, None) for turns in (0, 0, 3)],
+        (TokenRequest([0, 0, 0, 1, 0], 27, draft_tokens=0), 11, None),
+        (TokenRequest([0] * 7, 19, draft_tokens=0), 0, None),
+    ],
+    shared=True,
+    chunk=4,
+    step_tokens=None,
+    sequences=2,
+    rows=80,
+    whole=False,
 )
 def test_each_request_gets_exactly_what_it_gets_alone(
     arrivals: list[tuple[TokenRequest, int, int | None]],
@@ -119,9 +133,10 @@ def test_each_request_gets_exactly_what_it_gets_alone(
     step_tokens: int | None,
     sequences: int,
     rows: int,
+    whole: bool,
 ) -> None:
     """Random arrivals, cancellations from sinks, priorities, prompts that share beginnings, too few pages."""
-    session = BoundedSession(MODEL, prefill_chunk=chunk, most_rows=rows, most_sequences=5)
+    session = BoundedSession(MODEL, prefill_chunk=chunk, most_rows=rows, most_sequences=5, whole=whole)
     scheduler = Scheduler(session, Limits(sequences, step_tokens), clock=session.clock)
     recorders: list[tuple[TokenRequest, Recorder, int | None]] = []
     for request, turns, cancel_after in arrivals:
@@ -169,6 +184,27 @@ def test_running_requests_share_each_step_and_a_long_prompt_fills_it_up() -> Non
     assert all(len(r.tokens) - b >= 6 for r, b in zip(short, before, strict=True))
     assert len(long.tokens) == 1
     run_all(scheduler)
+
+
+def test_rounds_leave_the_other_steps_to_prompts_and_draws() -> None:
+    """In one turn; nobody waits, and nobody's depth is chosen by what the others' steps cost."""
+    session = BoundedSession(MODEL, prefill_chunk=16, whole=True)
+    scheduler = Scheduler(session, clock=session.clock)
+    asked = [TokenRequest([k], 40, draft_tokens=2) for k in range(2)]
+    asked += [TokenRequest([3], 40, SamplingParams(temperature=1.0, seed=1), draft_tokens=1)]
+    asked += [TokenRequest([4], 40, SamplingParams(log_probabilities=True), draft_tokens=0)]
+    recorders = [submit(scheduler, request) for request in asked]
+    scheduler.step()
+    long = submit(scheduler, TokenRequest([1] * 60, 4, draft_tokens=0))
+    session.steps.clear()
+    before = [len(recorder.tokens) for recorder in recorders]
+    for _ in range(4):
+        scheduler.step()
+    assert [sorted(size for _, size in step) for step in session.steps] == [[1, 2, 13], [3, 3]] * 4
+    assert all(len(r.tokens) - b >= 4 for r, b in zip(recorders, before, strict=True))
+    run_all(scheduler)
+    assert [recorder.tokens for recorder in recorders] == [alone(request) for request in asked]
+    assert long.reason == "length"
 
 
 def test_prompts_are_admitted_by_priority_and_then_arrival() -> None:
