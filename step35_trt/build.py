@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from step35_trt import bundle
-from step35_trt.build_steps import (
-    BuildStep,
-    Contents,
-    bytes_step,
-    report_steps,
-    tokenizer_steps,
-    weights_step,
-)
-from step35_trt.bundle import KERNELS, PROGRAM, SCHEMA, Manifest
+from step35_trt.build_cpu import cpu_contents, exported_steps
+from step35_trt.build_steps import BuildStep, Contents, report_steps, tokenizer_steps
+from step35_trt.bundle import SCHEMA, Manifest
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.cpu_library import compile_library
-from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
-from step35_trt.dialects.onnx_cpu import CpuSpelling
-from step35_trt.dialects.onnx_ort import OrtSpelling
 from step35_trt.errors import CorruptInputError, Step35Error, UsageError
 from step35_trt.journal import check_room, staged
-from step35_trt.program import Program, Segment
 from step35_trt.quantize.recipe import Recipe
-from step35_trt.weight_store import WeightStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from step35_trt.config import Step35Config
-    from step35_trt.dialects.onnx_graph import GraphWriter
+    from step35_trt.dialects.onnx import Spelling
     from step35_trt.engine import EngineSpec, Target
     from step35_trt.journal import Journal
     from step35_trt.progress import Progress
@@ -122,8 +107,7 @@ def export_onnx(
         Step35Error: one of its kinds; what was finished stays for the next run.
     """
     source = Checkpoint.open(checkpoint)
-    store = WeightStore(source, recipe, spelling.layout)
-    steps = _model_steps(source.config, store, _graphs(source.config, store, spelling), None)
+    steps = exported_steps(source, recipe, spelling)
     if out.exists():
         raise UsageError(f"{out} exists already", "Name another directory with -o.")
     _write(
@@ -210,7 +194,7 @@ class _Plan:
     @classmethod
     def make(cls, source: Checkpoint, recipe: Recipe, spec: EngineSpec, job: Job | None = None) -> _Plan:
         if spec.target == "cpu":
-            contents = _cpu_contents(source, recipe)
+            contents = cpu_contents(source, recipe)
         elif spec.target == "torch":
             from step35_trt.build_torch import torch_contents
 
@@ -241,79 +225,6 @@ class _Plan:
             unfinished=self.contents.unfinished,
         )
         manifest.write(stage)
-
-
-def _cpu_contents(source: Checkpoint, recipe: Recipe) -> Contents:
-    """Every file but the manifest and the tokenizer."""
-    spelling = CpuSpelling(OrtSpelling(int8_activations=recipe.activations == "int8"))
-    store = WeightStore(source, recipe, spelling.layout)
-    graphs = _graphs(source.config, store, spelling)
-    library = f"{KERNELS}/step35-cpu-{platform.machine()}.so"
-    # A missing compiler is better said before the long part.
-    steps = [_library_step(library), *_model_steps(source.config, store, graphs, library)]
-    return Contents(tuple(steps), _notes(source.config, graphs, store))
-
-
-def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dict[str, GraphWriter]:
-    graphs = {"decoder.onnx": decoder_graph(config, store, spelling)}
-    for module in range(config.num_nextn_predict_layers):
-        graphs[f"mtp-{module}.onnx"] = mtp_graph(config, store, spelling, module)
-    return graphs
-
-
-def _model_steps(
-    config: Step35Config, store: WeightStore, graphs: dict[str, GraphWriter], library: str | None
-) -> list[BuildStep]:
-    """Weights, graphs and the program over them."""
-    program = _program(config, graphs, library).model_dump_json(indent=1).encode()
-    weights = [weights_step(file) for file in store.files.values()]
-    written = [_graph_step(name, graph) for name, graph in graphs.items()]
-    return [*weights, *written, bytes_step(PROGRAM, program)]
-
-
-def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None) -> Program:
-    segments = [
-        Segment(
-            file=name,
-            library=library,
-            caches=tuple(graph.caches),
-            dense_bytes=graph.bytes_read("all"),
-            expert_bytes=graph.bytes_read("experts") // config.moe_num_experts,
-            top_k=config.moe_top_k,
-        )
-        for name, graph in graphs.items()
-    ]
-    return Program(decoder=(segments[0],), mtp=tuple((segment,) for segment in segments[1:]))
-
-
-def _notes(config: Step35Config, graphs: dict[str, GraphWriter], store: WeightStore) -> tuple[str, ...]:
-    notes = [
-        f"{name} stays in fp32: no block of 16 or more divides its width" for name in sorted(store.uncut)
-    ]
-    moved = any(node.op_type in ("MoE", "QMoE") for graph in graphs.values() for node in graph.tape.nodes)
-    clamped = ", ".join(str(layer.index) for layer in config.layers if layer.moe and layer.routed_limit)
-    if moved and clamped:  # our own operators clamp as Step does
-        notes.append(
-            f"layers {clamped}: the experts' clamp after SiLU is computed as an equal clamp before it, with "
-            "the up rows stretched and the down rows shrunk by the same factor (specification 2.7)"
-        )
-    return tuple(notes)
-
-
-def _library_step(name: str) -> BuildStep:
-    def write(path: Path) -> Iterator[int]:
-        compile_library(path, platform.machine())
-        yield 0
-
-    return BuildStep(name, 0, write)
-
-
-def _graph_step(name: str, graph: GraphWriter) -> BuildStep:
-    def write(path: Path) -> Iterator[int]:
-        ir.save(graph.model(name.removesuffix(".onnx")), path)
-        yield path.stat().st_size
-
-    return BuildStep(name, 0, write)
 
 
 def _key(source: list[object], recipe: Recipe, spelling: str, target: Target) -> str:

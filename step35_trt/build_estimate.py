@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
@@ -34,7 +33,7 @@ class BuildRates(BaseModel):
         kernel_bytes: Of one, its launch metadata included.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     machine: str
     source: str
     packing: dict[str, PositiveFloat] = Field(min_length=1)
@@ -55,14 +54,14 @@ class Part:
 
     Attributes:
         what: For people.
-        count: How many; None where Triton, which knows, is not installed.
+        count: How many.
         nbytes: Together; exact for weights, from measured averages for what is compiled.
         seconds: To make them on the machine of the rates; None where that was not measured.
         later: Made by `build-engine --finish` on the target, not by the build.
     """
 
     what: str
-    count: int | None
+    count: int
     nbytes: int
     seconds: float | None
     later: bool = False
@@ -124,14 +123,13 @@ def estimate_build(config: Step35Config, spec: EngineSpec, rates: BuildRates | N
 
 def estimate(deployment: Deployment, spec: EngineSpec, rates: BuildRates) -> BuildEstimate:
     """As `estimate_build`, of what is known already."""
-    kernels = len(deployment.kernels()) if find_spec("triton") else None
-    compiled = kernels or 0
+    kernels = len(deployment.kernels())
     segments = len(deployment.programs.segments)
     each = rates.segment_seconds.get(spec.target)
     later = spec.target == "tensorrt"
     dense, experts = _weights(deployment)
     parts = [
-        Part("kernels", kernels, compiled * rates.kernel_bytes, compiled * rates.kernel_seconds),
+        Part("kernels", kernels, kernels * rates.kernel_bytes, kernels * rates.kernel_seconds),
         Part("segments", segments, segments * rates.segment_bytes, each and segments * each, later),
         Part("files of dense weights", len(dense), sum(dense), sum(dense) / rates.packing["dense"]),
     ]

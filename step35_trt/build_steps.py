@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from step35_trt.bundle import REPORTS, TOKENIZER
+from step35_trt.runtime.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,7 +82,14 @@ def weights_step(file: WeightFile) -> BuildStep:
 
 
 def tokenizer_steps(checkpoint: Path) -> list[BuildStep]:
-    """What a checkpoint has of a tokenizer."""
+    """What a checkpoint has of a tokenizer.
+
+    Raises:
+        CorruptInputError: it is damaged, which is better said before the long part.
+        UnsupportedError: it is not byte-level.
+    """
+    if (checkpoint / "tokenizer.json").is_file():
+        Text.load(checkpoint)
     return [
         bytes_step(f"{TOKENIZER}/{name}", (checkpoint / name).read_bytes())
         for name in TOKENIZER_FILES

@@ -7,6 +7,7 @@ bundle is sealed with all the rest, and `finish.py` compiles its segments on the
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from step35_trt.build_estimate import RATES, BuildRates, estimate
@@ -14,7 +15,8 @@ from step35_trt.build_steps import BuildStep, Contents, bytes_step, made_step, w
 from step35_trt.bundle import KERNELS, PROGRAM, SEGMENTS
 from step35_trt.deployment import Deployment
 from step35_trt.errors import UnsupportedError
-from step35_trt.gpu_weights import GpuWeights, Packing, not_quantised
+from step35_trt.gpu_forms import not_quantised
+from step35_trt.gpu_weights import GpuWeights, Packing
 from step35_trt.kernels.artefact import digest
 from step35_trt.kernels.compile import compile_kernels
 from step35_trt.program import KernelFile, SteppedProgram, TokenRange
@@ -65,6 +67,10 @@ def gpu_contents(source: Checkpoint, recipe: Recipe, spec: EngineSpec) -> Conten
     """
     if spec.target == "tensorrt-rtx" and spec.devices > 1:
         raise UnsupportedError(f"engine {spec.name} is for {spec.devices} devices; TensorRT-RTX runs on one")
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            "Triton, which compiles the kernels, is not installed", "pip install 'step35-trt[kernels]'"
+        )
     deployment = Deployment.of(source.config, recipe, spec)
     _check_quantised(source, deployment.forms, spec)
     made, sharing, variants = deployment.programs, deployment.sharing, deployment.kernels()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from step35_trt.config import Fp8Blocks, LayerSpec, Step35Config
+from step35_trt.config import LayerSpec, Step35Config
 from step35_trt.errors import CorruptInputError, UnsupportedError
 from step35_trt.quantize import formats
+from step35_trt.quantize.declared import Fp8Blocks
 from step35_trt.quantize.formats import DTYPES, Coding
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _shards(directory: Path) -> Iterator[Path]:
         return
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CorruptInputError(f"{index} is not a safetensors index") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

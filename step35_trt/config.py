@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from step35_trt.errors import CorruptInputError, UnsupportedError
+from step35_trt.quantize.declared import QuantizationConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 AttentionKind = Literal["full_attention", "sliding_attention"]
+Size = Annotated[int, Field(gt=0, lt=2**31)]  # graphs and kernels count with 32 bits
 
 # Keys that describe the file, the framework or training, and cannot change a forward pass.
 INERT_KEYS = frozenset(
@@ -29,53 +30,29 @@ INERT_KEYS = frozenset(
 class RopeScaling(BaseModel):
     """Llama-3 frequency scaling (specification 2.4); the original context is in tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     rope_type: Literal["llama3"]
     factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
+    original_max_position_embeddings: Size
     low_freq_factor: float = Field(gt=0)
     high_freq_factor: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor is not above low_freq_factor")
+        return self
 
 
 class SlidingAttention(BaseModel):
     """`attention_other_setting`: the geometry of the window layers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     attention_type: Literal["sliding_attention"]
-    num_attention_heads: int = Field(gt=0)
-    num_attention_groups: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    num_attention_heads: Size
+    num_attention_groups: Size
+    head_dim: Size
     true_head_dim: int | None = None
-
-
-class Fp8Blocks(BaseModel):
-    """`quantization_config` of the official FP8 repository: e4m3 experts with square block scales."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    quant_method: Literal["fp8"]
-    weight_block_size: tuple[int, int] = (128, 128)
-    fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
-    activation_scheme: Literal["dynamic"] = "dynamic"
-
-    @property
-    def block(self) -> int:
-        """Edge of a block."""
-        return self.weight_block_size[0]
-
-    @field_validator("weight_block_size")
-    @classmethod
-    def _square(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if value[0] != value[1] or value[0] <= 0:
-            raise ValueError(f"blocks of {value[0]} x {value[1]} are not square")
-        return value
-
-
-class ModelOptFormat(BaseModel):
-    """`quantization_config` as ModelOpt writes it. The tensors say how they lie (`quantize.formats`)."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    quant_method: Literal["modelopt"]
-    quant_algo: str
 
 
 @dataclass(frozen=True)
@@ -113,39 +90,37 @@ class Step35Config(BaseModel):
         CorruptInputError: from `load` and `parse`, when values are missing or out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
     num_hidden_layers: int = Field(gt=0, le=1024)
     num_nextn_predict_layers: int = Field(default=0, ge=0, le=8)
-    num_attention_heads: int = Field(gt=0)
-    num_attention_groups: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    max_position_embeddings: int = Field(default=262144, gt=0)
+    num_attention_heads: Size
+    num_attention_groups: Size
+    head_dim: Size
+    max_position_embeddings: Size = 262144
     rms_norm_eps: float = Field(default=1e-5, gt=0)  # absent from the published 3.5 config (spec 1.1)
     attention_other_setting: SlidingAttention
     layer_types: tuple[AttentionKind, ...]
-    sliding_window: int = Field(gt=0)
+    sliding_window: Size
     rope_theta: tuple[float, ...]
     partial_rotary_factors: tuple[float, ...]
     rope_scaling: RopeScaling | None = None
     yarn_only_types: tuple[AttentionKind, ...] = ()
     use_rope_layers: tuple[()] = ()
     moe_layers_enum: tuple[int, ...]
-    moe_num_experts: int = Field(gt=0)
-    moe_top_k: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
-    share_expert_dim: int = Field(gt=0)
+    moe_num_experts: Size
+    moe_top_k: Size
+    moe_intermediate_size: Size
+    share_expert_dim: Size
     moe_router_scaling_factor: float = Field(gt=0)
     swiglu_limits: tuple[float, ...]
     swiglu_limits_shared: tuple[float, ...]
     bos_token_id: int = 0
     eos_token_id: tuple[int, ...] = ()
-    quantization_config: Annotated[Fp8Blocks | ModelOptFormat, Field(discriminator="quant_method")] | None = (
-        None
-    )
+    quantization_config: QuantizationConfig | None = None
 
     # Switches with one implemented value. Another value is another model: refused by name.
     use_qk_norm: Literal[True] = True
@@ -210,12 +185,12 @@ class Step35Config(BaseModel):
             raise ValueError("moe_layers_enum names a layer that does not exist")
         if self.moe_top_k > self.moe_num_experts:
             raise ValueError(f"moe_top_k {self.moe_top_k} exceeds {self.moe_num_experts} experts")
-        if any(not math.isfinite(x) or x < 0 for x in (*self.swiglu_limits, *self.swiglu_limits_shared)):
-            raise ValueError("a swiglu limit is negative or not finite")
+        if any(x < 0 for x in (*self.swiglu_limits, *self.swiglu_limits_shared)):
+            raise ValueError("a swiglu limit is negative")
         if any(not 0 < x <= 1 for x in self.partial_rotary_factors):
             raise ValueError("a partial rotary factor lies outside (0, 1]")
-        if any(not math.isfinite(x) or x <= 1 for x in self.rope_theta):
-            raise ValueError("a rope_theta is not a finite number above 1")
+        if any(x <= 1 for x in self.rope_theta):
+            raise ValueError("a rope_theta is not a number above 1")
         if any(not 0 <= i < self.vocab_size for i in (self.bos_token_id, *self.eos_token_id)):
             raise ValueError("bos_token_id or eos_token_id lies outside the vocabulary")
         return self
@@ -266,6 +241,8 @@ class Step35Config(BaseModel):
                 f"{directory} has no config.json",
                 "Point at the directory of a Hugging Face checkpoint, or use 'nano'.",
             ) from None
+        except OSError as error:
+            raise CorruptInputError(f"{path} cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
             raise CorruptInputError(f"{path} is not valid JSON: {error}") from None
         return cls.parse(raw)

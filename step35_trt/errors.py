@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})  # of an OSError: what making room mends
+
 
 class Step35Error(Exception):
     """An expected failure.

@@ -14,7 +14,7 @@ Arithmetic = Literal["fp32", "bf16", "fp8", "int8"]
 class Link(BaseModel):
     """What joins the devices of one machine; bytes per second of one device in one direction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
     bandwidth: PositiveFloat
 
@@ -34,7 +34,7 @@ class Hardware(BaseModel):
         link: Absent where devices of one machine are not joined.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
     compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d$")
     memory: int = Field(gt=0)

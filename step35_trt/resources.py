@@ -34,12 +34,12 @@ def load_yaml(model: type[M], folder: str, name: str) -> M:
         raise UsageError(
             f"there is no {path.name} in {folder}/", f"Known: {', '.join(known(folder))}."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read as YAML: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{path}: {where}: {first['msg']}") from None
+        raise UsageError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
 def known(folder: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from step35_trt import console
-from step35_trt.commands.parameters import PATH
+from step35_trt.commands.parameters import AMOUNT, AT_ONCE, PATH, SHARE
 from step35_trt.commands.parameters import draft_tokens as drafts_of
 
 if TYPE_CHECKING:
@@ -26,15 +26,11 @@ if TYPE_CHECKING:
 @click.option(
     "--draft-tokens", default="auto", show_default=True, help="MTP drafts a round: 0 to 3, or auto."
 )
-@click.option(
-    "--sequences", default=16, show_default=True, type=click.IntRange(min=1), help="Lines answered at a time."
-)
+@click.option("--sequences", default=16, show_default=True, type=AT_ONCE, help="Lines answered at a time.")
 @click.option("--ray", metavar="ADDRESS", help="Spread over a Ray cluster: an address, auto, or local.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Of the cluster.")
-@click.option("--worker-cpus", type=click.FloatRange(min=0, min_open=True), help="Cores for each worker.")
-@click.option(
-    "--price", type=click.FloatRange(min=0), help="Of an hour of all machines together; adds the cost."
-)
+@click.option("--workers", default=1, show_default=True, type=AT_ONCE, help="Of the cluster.")
+@click.option("--worker-cpus", type=SHARE, help="Cores for each worker.")
+@click.option("--price", type=AMOUNT, help="Of an hour of all machines together; adds the cost.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as a JSON object.")
 def batch(
     bundle: Path,
@@ -50,7 +46,10 @@ def batch(
 ) -> None:
     """Answer REQUESTS, a JSON-lines file in OpenAI's batch format. Resumes by itself."""
     from step35_trt.runtime.batch_ray import RayOptions, run_batch_ray
+    from step35_trt.runtime.placement import check_alone
 
+    if ray is not None:
+        check_alone("Ray starts the workers of a cluster itself")
     drafts = drafts_of(draft_tokens)
     with console.line_progress("answering", requests) as progress:
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REQUESTS_IN_FLIGHT = 4  # rounds of a run: enough that its start and end weigh little
+MOST_IN_FLIGHT = 4096
 WARM_UP = 8  # tokens
 
 
@@ -23,9 +24,11 @@ WARM_UP = 8  # tokens
 @click.option("--input-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--output-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--concurrency", default="1,8", show_default=True, help="Requests in flight, one run each.")
-@click.option("--requests", type=click.IntRange(min=1), help="Of each run; absent: 4 for each in flight.")
+@click.option("--requests", type=click.IntRange(1, 1 << 20), help="Of a run; absent: 4 for each in flight.")
 @click.option("--dataset", type=PATH, help="Prompts, a file as batch takes it; absent: random tokens.")
-@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the random tokens."
+)
 @click.option(
     "--draft-tokens", default="auto", show_default=True, help="MTP drafts a round: 0 to 3, or auto."
 )
@@ -84,9 +87,10 @@ def bench(
 
 
 def _flights(text: str) -> list[int]:
-    flights = parameters.token_ids(text) if text.replace(",", "").isdecimal() else []
-    if not flights or min(flights) < 1:
-        raise UsageError(f"--concurrency takes numbers such as 1,8, not {text!r}")
+    flights = parameters.whole_numbers(text)
+    if not flights or min(flights) < 1 or max(flights) > MOST_IN_FLIGHT:
+        wanted = f"numbers up to {MOST_IN_FLIGHT} such as 1,8"
+        raise UsageError(f"--concurrency takes {wanted}, not {parameters.shortened(text)}")
     return flights
 
 

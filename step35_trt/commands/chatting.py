@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from step35_trt import console
 from step35_trt.errors import Step35Error
 from step35_trt.runtime.chat import ChatTemplate, Message, starts_in_reasoning
-from step35_trt.runtime.generate import GenerationStats
+from step35_trt.runtime.generation_stats import GenerationStats
 from step35_trt.runtime.requests import Limits
 from step35_trt.runtime.serving import ServingLoop
 from step35_trt.runtime.through_loop import complete_through

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from step35_trt import console
-from step35_trt.commands.parameters import PATH
+from step35_trt.commands.parameters import PATH, shortened
 from step35_trt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ class Bytes(click.ParamType[int]):
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """See `click.ParamType`."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
         if not found or float(found[1]) <= 0:
-            self.fail(f"{value!r} is not a number of bytes such as 500M or 12GiB", param, ctx)
+            self.fail(f"{shortened(str(value))} is not a number of bytes such as 500M or 12GiB", param, ctx)
         exponent = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
         return int(float(found[1]) * (1024 if found[3] else 1000) ** exponent)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from step35_trt import console
+from step35_trt.commands import parameters
 from step35_trt.commands.parameters import PATH, token_ids
 from step35_trt.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from step35_trt.runtime.generate import GenerationStats
+    from step35_trt.runtime.generation_stats import GenerationStats
 
 COMPLETION_TOKENS = 128
 
@@ -52,18 +53,26 @@ def generate(
 ) -> None:
     """Continue a prompt with a bundle, streaming text."""
     from step35_trt.commands.chatting import chat
-    from step35_trt.runtime.generate import GenerationStats
+    from step35_trt.runtime.answer_text import complete
     from step35_trt.runtime.generate import generate as run
+    from step35_trt.runtime.generation_stats import GenerationStats
     from step35_trt.runtime.load import load_text, open_bundle
     from step35_trt.runtime.sampling import SamplingParams
-    from step35_trt.runtime.text import complete
 
     if [prompt is not None, prompt_ids is not None, chatting].count(True) != 1:
         raise UsageError("give either --prompt, --prompt-ids or --chat")
+    if chatting and as_json:
+        raise UsageError("--json is for one answer, not for --chat")
+    asked = None if prompt_ids is None else token_ids(prompt_ids)
     sampling = SamplingParams(temperature, top_p, top_k, min_p, seed)
-    drafts = _draft_tokens(draft_tokens)
+    drafts = parameters.draft_tokens(draft_tokens)
     session = open_bundle(bundle)
     text = load_text(bundle, required=prompt is not None or chatting)
+    if text is None and stop:
+        raise UsageError(
+            f"--stop takes text, and {bundle} has no tokenizer to tell where an answer has it",
+            "Leave --stop out: the answer ends at the model's own stop ids or at --max-tokens.",
+        )
     if chatting and text is not None:
         chat(
             session,
@@ -75,7 +84,12 @@ def generate(
         )
         return
     max_tokens = max_tokens or COMPLETION_TOKENS
-    ids = text.encode(prompt) if prompt is not None and text else token_ids(prompt_ids or "")
+    if asked is not None:
+        ids = _checked(asked, session.config.vocab_size)
+    else:
+        assert text is not None
+        assert prompt is not None
+        ids = text.encode(prompt)
     stats, taken, answer = GenerationStats(), list[int](), list[str]()
     stop_ids = session.config.eos_token_id
     if text is None:
@@ -137,14 +151,6 @@ def _checked(ids: list[int], vocabulary: int) -> list[int]:
         if not 0 <= token < vocabulary:
             raise UsageError(f"token id {token} lies outside the vocabulary of {vocabulary}")
     return ids
-
-
-def _draft_tokens(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal():
-        raise UsageError(f"--draft-tokens takes 0, 1, 2, 3 or auto, not {text!r}")
-    return int(text)
 
 
 def _summary(stats: GenerationStats) -> dict[str, object]:

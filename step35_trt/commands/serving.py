@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from step35_trt import console
-from step35_trt.commands.parameters import PATH
+from step35_trt.commands.parameters import AT_ONCE, PATH
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+PORT = click.IntRange(1, 65535)
+
+
 @click.command("triton-repo")
 @click.argument("bundle", type=PATH)
 @click.option("-o", "--output", required=True, type=PATH, help="Directory of the model repository.")
-@click.option("--sequences", type=click.IntRange(min=1), help="Requests that run at once.")
+@click.option("--sequences", type=AT_ONCE, help="Requests that run at once.")
 def triton_repo(bundle: Path, output: Path, sequences: int | None) -> None:
     """Write a Triton model repository that serves BUNDLE, which stays where it is."""
     from step35_trt.triton_repo.write import write_repository
@@ -31,9 +34,9 @@ def triton_repo(bundle: Path, output: Path, sequences: int | None) -> None:
 @click.command()
 @click.argument("repository", type=PATH)
 @click.option("--address", default="127.0.0.1", show_default=True, help="Interface to listen on.")
-@click.option("--http-port", default=8000, show_default=True)
-@click.option("--grpc-port", default=8001, show_default=True)
-@click.option("--metrics-port", default=8002, show_default=True)
+@click.option("--http-port", default=8000, show_default=True, type=PORT)
+@click.option("--grpc-port", default=8001, show_default=True, type=PORT)
+@click.option("--metrics-port", default=8002, show_default=True, type=PORT)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(
     repository: Path,

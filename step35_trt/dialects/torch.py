@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,9 +12,7 @@ from torch.nn import functional
 from step35_trt.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
-    from step35_trt.checkpoint import Checkpoint
     from step35_trt.config import LayerSpec
-    from step35_trt.dialects.torch_experts import Experts
 
 
 class Weights(Protocol):
@@ -39,41 +37,6 @@ class HeldWeights(Protocol):
     def expert(self, name: str, index: int) -> Tensor | None:
         """As `Weights`; None where another rank holds the expert."""
         ...
-
-
-@dataclass
-class CheckpointWeights:
-    """Parameters of a checkpoint in `dtype` on `device`; vectors and the router stay fp32.
-
-    Dense tensors are kept once read. Experts are read when chosen and kept as well, so memory grows with the
-    experts in use: meant for small models and slices.
-    """
-
-    checkpoint: Checkpoint
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    _kept: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
-
-    def tensor(self, name: str) -> Tensor:
-        """See `Weights`."""
-        return self._read(name, None)
-
-    def expert(self, name: str, index: int) -> Tensor:
-        """See `Weights`."""
-        return self._read(name, index)
-
-    def experts(self, prefix: str) -> Experts:
-        """See `torch_kernels.ExpertSource`."""
-        from step35_trt.dialects.torch_experts import checkpoint_experts
-
-        return checkpoint_experts(self.checkpoint, prefix, self.device)
-
-    def _read(self, name: str, index: int | None) -> Tensor:
-        if (name, index) not in self._kept:
-            value = torch.from_numpy(self.checkpoint.read(name, index))
-            fp32 = value.ndim == 1 or name.endswith(".moe.gate.weight")
-            self._kept[name, index] = value.to(self.device, value.dtype if fp32 else self.dtype)
-        return self._kept[name, index]
 
 
 class Rows(Protocol):

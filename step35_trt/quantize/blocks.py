@@ -95,14 +95,3 @@ def offset_codes(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     """Signed codes `[..., K]` as engines take them, `[..., K * bits / 8]`."""
     packed: NDArray[np.uint8] = codes.view(np.uint8) + np.uint8(1 << (bits - 1))
     return packed[..., 0::2] | (packed[..., 1::2] << np.uint8(4)) if bits == 4 else packed
-
-
-def dequantize_blocks(
-    codes: NDArray[np.uint8], scales: NDArray[np.floating], bits: int
-) -> NDArray[np.float32]:
-    """The inverse of `quantize_blocks`: `[..., K]` fp32."""
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-    centred = codes.astype(np.float32) - (1 << (bits - 1))
-    blocks = centred.reshape(*scales.shape, -1) * scales.astype(np.float32)[..., None]
-    return blocks.reshape(codes.shape)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from step35_trt import __version__
 from step35_trt.checkpoint import Checkpoint, expected_tensors
-from step35_trt.config import Fp8Blocks
 from step35_trt.errors import UsageError
 from step35_trt.journal import staged
 from step35_trt.parallel import in_order
+from step35_trt.quantize.declared import Fp8Blocks
 from step35_trt.quantize.folding import Folding
 from step35_trt.quantize.parts import Converter, Target, parts_of
 from step35_trt.quantize.quant_config import declare

@@ -61,18 +61,6 @@ def tile(
     return words.view(np.uint8), _tiles_of_rows(scales.astype(np.float16))
 
 
-def untile(
-    tiles: NDArray[np.uint8], scales: NDArray[np.float16], rows: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The inverse of `tile` for a weight of `rows` rows."""
-    words = tiles.view(np.uint32).copy()
-    for shift, mask in ((4, 0x00F000F0), (8, 0x0000FF00)):
-        differ = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
-        words ^= differ ^ (differ << np.uint32(shift))
-    codes = np.ascontiguousarray(_rows_of_tiles(words, rows)).view(np.uint8)
-    return codes, _rows_of_tiles(scales, rows).astype(np.float32)
-
-
 def interleave_gate_up(gate: NDArray[S], up: NDArray[S]) -> NDArray[S]:
     """Rows `[..., I, n]` of both as the expert operator takes them: 16 of one, 16 of the other, in turn."""
     *stack, width, n = gate.shape
@@ -88,8 +76,3 @@ def _tiles_of_rows(values: NDArray[S]) -> NDArray[S]:
     if spare := -rows % TILE:
         values = np.concatenate([values, np.zeros((*stack, spare, n), values.dtype)], axis=-2)
     return np.array(values.reshape(*stack, -1, TILE, n).swapaxes(-1, -2), order="C")
-
-
-def _rows_of_tiles(values: NDArray[S], rows: int) -> NDArray[S]:
-    *stack, _, n, _ = values.shape
-    return values.swapaxes(-1, -2).reshape(*stack, -1, n)[..., :rows, :]

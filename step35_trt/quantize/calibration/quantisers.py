@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from step35_trt.quantize.formats import Coding
 
-E4M3_MAX = 448.0
-
 
 def fake_quantise(weight: Tensor, coding: Coding, clip: Tensor | None = None) -> Tensor:
     """`decode(encode(weight))`.

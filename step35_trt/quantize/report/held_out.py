@@ -48,7 +48,8 @@ def held_out(job: Job, choice: str | None) -> HeldOut | None:
     Raises:
         UsageError: there is no tokenizer, the file has no text, or calibration has seen it.
     """
-    chosen = choice or ("none" if job.token_ids is None else "own")
+    unasked = "none" if job.token_ids is None else "own"
+    chosen = unasked if choice is None else choice
     if chosen == "none":
         return None
     from step35_trt.runtime.text import Text
