@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,9 +35,19 @@ class Tape(TorchDispatchMode):
 
         for func, args, kwargs, result in self.operations:
             again = func(*tree_map(now, args), **tree_map(now, kwargs))
+            for work in (value for value in _flat(again) if hasattr(value, "wait")):
+                _wait(work)
             for old, new in zip(_flat(result), _flat(again), strict=True):
                 if not any(old is argument for argument in _flat(args)):
                     made[id(old)] = new
+
+
+def _wait(exchange: Any) -> None:
+    """A device's next operation waits by itself, and for those who have ended it waits for ever."""
+    try:
+        exchange.wait()
+    except RuntimeError:
+        threading.Event().wait()
 
 
 def _flat(value: Any) -> list[Any]:
@@ -50,6 +61,7 @@ class TapeRecorder:
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
+        self.tapes: list[Tape] = []
 
     def __call__(self, work: Callable[[], object]) -> Callable[[], None]:
         work()  # as before a capture: what is kept from then on is made now
@@ -57,6 +69,7 @@ class TapeRecorder:
         with tape:
             work()
         self.recorded += 1
+        self.tapes.append(tape)
 
         def replay() -> None:
             self.replayed += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -154,6 +155,7 @@ def test_export_onnx(run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
         (["generate", "{bundle}", "--prompt-ids", "1", "--draft-tokens", "many"], 2, "many"),
         (["generate", "{bundle}", "--prompt-ids", "1", "--max-tokens", "0"], 2, "max-tokens"),
         (["generate", "{bundle}", "--prompt", "text"], 2, "no tokenizer"),
+        (["generate", "{bundle}", "--prompt-ids", "1", "--stop", "x"], 2, "--stop takes text"),
         (["generate", "{tmp}/nothing", "--prompt-ids", "1"], 2, "not a finished bundle"),
         (["build-engine", "{tmp}/nothing", "-o", "{tmp}/x", "--engine", "cpu-fp32"], 2, "not a directory"),
         (["build-engine", "{tmp}", "-o", "{tmp}/x", "--engine", "cpu-fp32"], 6, "config.json"),
@@ -161,6 +163,28 @@ def test_export_onnx(run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
         (["build-engine", "{source}", "-o", "/proc/x/y", "--engine", "cpu-fp32"], 2, "cannot write"),
         (["logits", "{bundle}", "--ids", "-1", "-o", "{tmp}/o.npz"], 2, "vocabulary"),
         (["frobnicate"], 2, "frobnicate"),
+        (["generate", ""], 2, "names no file or directory"),
+        (["generate", "/", "--prompt", "x"], 2, "names no file or directory"),
+        (["generate", "{bundle}", "--prompt-ids", "1_0"], 2, "token ids"),
+        (["generate", "{bundle}", "--prompt-ids", "1", "--draft-tokens", "٣"], 2, "draft-tokens"),
+        (["generate", "{bundle}", "--prompt-ids", "1", "--draft-tokens", "9" * 5000], 2, "draft-tokens"),
+        (["generate", "{bundle}", "--chat", "--json"], 2, "--chat"),
+        (["batch", "{bundle}", "in", "-o", "{tmp}/x", "--sequences", "9" * 20], 2, "--sequences"),
+        (["batch", "{bundle}", "in", "-o", "{tmp}/x", "--price", "nan"], 2, "finite"),
+        (["batch", "{bundle}", "in", "-o", "{tmp}/x", "--worker-cpus", "inf"], 2, "finite"),
+        (["bench", "{bundle}", "--seed", "-1"], 2, "--seed"),
+        (["bench", "{bundle}", "--concurrency", "999999999"], 2, "--concurrency"),
+        (["bench", "{bundle}", "--concurrency", "²"], 2, "--concurrency"),
+        (["serve", "{tmp}", "--http-port", "65536"], 2, "--http-port"),
+        (["inspect", "{bundle}", "--html", "{tmp}"], 2, "directory"),
+        (["logits", "", "--ids", "1", "-o", "{tmp}/x"], 2, "empty"),
+        (["plan", "", "--engine", "cpu-int4"], 2, "empty"),
+        (["quantize", "nano", "-o", "{tmp}/x", "--recipe", "fp8", "--evaluate", ""], 2, "cannot be read"),
+        (
+            ["quantize", "nano", "-o", "{tmp}/x", "--recipe", "fp8", "--max-host-memory", "9" * 400 + "T"],
+            2,
+            "number of bytes",
+        ),
         (["generate", "{bundle}", "--prompt-ids", ",".join(["1"] * 5000)], 4, "4096"),
     ],
 )
@@ -177,8 +201,43 @@ def test_mistakes_are_one_sentence(  # type: ignore[no-untyped-def]
     got, out, err = run(*(argument.format(**places) for argument in arguments))
     assert got == code, err
     assert says in err.replace("\n", " ")
+    assert err.startswith("error: ")
+    assert "Usage" not in err
     assert not out
     assert not (tmp_path / "x").exists()
+
+
+def test_the_bundle_of_the_current_directory(run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(bundle)
+    assert run("inspect", ".")[0] == 0
+    assert run("logits", ".", "--ids", "1,2", "-o", "/dev/null")[0] == 0
+
+
+def test_streams_that_are_closed_or_take_ascii_alone(bundle: Path) -> None:
+    def started(*arguments: object, closed: int | None = None) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "20"}
+        close = None if closed is None else lambda: os.close(closed)
+        call = [sys.executable, "-m", "step35_trt", *map(str, arguments)]
+        return subprocess.run(
+            call, check=False, capture_output=True, text=True, env=environment, preexec_fn=close
+        )
+
+    assert started("generate", "--help").returncode == 0  # a narrow help has an ellipsis
+    for closed in range(3):
+        done = started("inspect", bundle, "--json", closed=closed)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert bool(done.stdout) == (closed != 1)
+
+
+def test_memory_and_disk_that_run_out(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    for error in (MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr("step35_trt.doctor.examine", fail)
+        code, _, err = run("doctor")
+        assert (code, err.count("error: ")) == (4, 1)
 
 
 def test_ctrl_c_while_building(tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ def test_a_switched_off_unknown_is_no_feature() -> None:
         {"eos_token_id": [10**9]},
         {"num_attention_groups": 3},
         {"vocab_size": None},
+        {"rms_norm_eps": math.inf},
+        {"moe_router_scaling_factor": math.inf},
+        {"sliding_window": 10**30},
+        {"max_position_embeddings": 2**31},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+            }
+        },
     ],
 )
 def test_nonsense_is_one_sentence(change: dict[str, Any]) -> None:
@@ -147,6 +160,12 @@ def test_nonsense_is_one_sentence(change: dict[str, Any]) -> None:
 def test_hostile_json(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises((CorruptInputError, UnsupportedError)):
+        Step35Config.load(tmp_path)
+
+
+def test_a_directory_in_the_place_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CorruptInputError, match="cannot be read"):
         Step35Config.load(tmp_path)
 
 

@@ -104,3 +104,20 @@ def test_what_is_only_planned_is_not_built_for_the_cpu(checkpoints: dict[str, Pa
     with pytest.raises(UnsupportedError, match="dgx-spark-int4"):
         build(checkpoints["small-window"], tmp_path / "b", EngineSpec.load("dgx-spark-int4"))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", r"x\.yaml: Input should be a valid dictionary"),
+        ("[" * 100_000, "cannot be read as YAML"),
+        ("a: [", "cannot be read as YAML"),
+        ("{name: x, summary: s, target: cpu, recipe: fp32, max_sequences: 2147483648}", "max_sequences"),
+        ("{name: x, summary: s, target: cpu, recipe: fp32, prefill_chunk: .inf}", "prefill_chunk"),
+    ],
+)
+def test_hostile_files(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(UsageError, match=complaint) as caught:
+        EngineSpec.load(str(tmp_path / "x.yaml"))
+    assert "\n" not in caught.value.message

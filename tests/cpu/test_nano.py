@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from step35_trt import nano
 from step35_trt.checkpoint import EXPERT_PROJECTIONS, Checkpoint, expected_tensors
-from step35_trt.dialects.torch import CheckpointWeights
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
 from step35_trt.nano import corpus, vocabulary
 from step35_trt.nano.parameters import Parameters, balance
 from step35_trt.nano.train import Batches, plan

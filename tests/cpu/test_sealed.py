@@ -16,7 +16,8 @@ from step35_trt.bundle import Bundle, staging
 from step35_trt.deployment import Deployment
 from step35_trt.engine import EngineSpec, Parallelism
 from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError, UsageError
-from step35_trt.gpu_weights import StoredWeights, as_kernels_scale
+from step35_trt.gpu_forms import as_kernels_scale
+from step35_trt.gpu_weights import StoredWeights
 from step35_trt.kernels.artefact import Facts
 from step35_trt.kernels.compile import compile_kernels
 from step35_trt.program import SteppedProgram
@@ -164,7 +165,7 @@ def test_every_rank_has_its_share(plain: Path, tmp_path: Path, recipe: str, para
             assert isinstance(stored.mapped(name), np.memmap)
             for expert in made.sharing.held(name, shape[0], rank) if len(shape) == 3 else [None]:
                 a = stored.read(name, form, expert)
-                b = made.sharing.cut(wanted(name, form, expert), name, form, rank)
+                b = made.sharing.cut(wanted(name, form, expert), name, rank)
                 np.testing.assert_array_equal(a.values, b.values)
                 assert (a.scales is None) == (b.scales is None)
                 if a.scales is not None and b.scales is not None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights, SequenceBatch, TorchOps
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
+from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.evaluate import Evaluation, evaluate
 from step35_trt.model import decoder
 from step35_trt.rotary import inverse_frequencies

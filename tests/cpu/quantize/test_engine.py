@@ -18,13 +18,13 @@ from step35_trt.commands import making
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import UnsupportedError
 from step35_trt.quantize import cpu_layout
-from step35_trt.quantize.blocks import dequantize_blocks
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.quantize.run import CalibrationOptions, Job
 from step35_trt.resources import NANO
 from step35_trt.runtime.load import load_reference, open_bundle
 from step35_trt.verify import compare
 from step35_trt.weight_store import WeightStore
+from tests.codes import dequantize_blocks, untile
 from tests.cpu.quantize.test_convert import only, run
 from tests.cpu.test_build import contents
 
@@ -63,19 +63,17 @@ def test_tiles_hold_the_checkpoints_own_values(int4: Checkpoint, tmp_path: Path)
     """Exactly: scales are fp16 in both. The experts' groups of 128 are two blocks of 64 in the engine."""
     found = stored(int4, "tiles", tmp_path)
     n, _ = int4.shape(LINEAR)
-    codes, scales = cpu_layout.untile(found[f"{LINEAR}.int4"], found[f"{LINEAR}.scales"], n)
+    codes, scales = untile(found[f"{LINEAR}.int4"], found[f"{LINEAR}.scales"], n)
     np.testing.assert_array_equal(dequantize_blocks(codes, scales, 4), int4.read(LINEAR))
     gate, up = (int4.read(f"{MOE}.{part}_proj.weight") for part in ("gate", "up"))
-    codes, scales = cpu_layout.untile(
-        found[f"{MOE}.gate_up.int4"], found[f"{MOE}.gate_up.scales"], 2 * gate.shape[1]
-    )
+    codes, scales = untile(found[f"{MOE}.gate_up.int4"], found[f"{MOE}.gate_up.scales"], 2 * gate.shape[1])
     np.testing.assert_array_equal(
         dequantize_blocks(codes, scales, 4), cpu_layout.interleave_gate_up(gate, up)
     )
     assert int4.codings[f"{MOE}.gate_proj.weight"].block == 128
     assert scales.shape[-1] == 2
     down = int4.read(f"{MOE}.down_proj.weight")
-    codes, scales = cpu_layout.untile(found[f"{MOE}.down.int4"], found[f"{MOE}.down.scales"], down.shape[1])
+    codes, scales = untile(found[f"{MOE}.down.int4"], found[f"{MOE}.down.scales"], down.shape[1])
     np.testing.assert_array_equal(dequantize_blocks(codes, scales, 4), down)
 
 
@@ -97,7 +95,7 @@ def test_codes_of_other_groups_are_made_again(tmp_path: Path) -> None:
     assert small.codes(LINEAR, slice(0, 4), 8, 32) is None
     found = stored(small, "tiles", tmp_path)
     n, _ = small.shape(LINEAR)
-    codes, scales = cpu_layout.untile(found[f"{LINEAR}.int4"], found[f"{LINEAR}.scales"], n)
+    codes, scales = untile(found[f"{LINEAR}.int4"], found[f"{LINEAR}.scales"], n)
     error = np.abs(dequantize_blocks(codes, scales, 4) - small.read(LINEAR)).max()
     assert 0 < error < np.abs(small.read(LINEAR)).max() / 7
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
 from step35_trt.errors import DoesNotFitError, UsageError
 from step35_trt.quantize.calibration import Calibration, calibrate
 from step35_trt.quantize.calibration.observe import Routing

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
 from step35_trt.evaluate import Evaluation, evaluate
 from step35_trt.quantize.calibration import awq, calibrate
 from step35_trt.quantize.folding import Folded, Folding, Scaling
