@@ -24,7 +24,8 @@ from step35_trt.config import Step35Config
 from step35_trt.deployment import Deployment
 from step35_trt.dialects.tensorrt_segment import Builder
 from step35_trt.engine import EngineSpec
-from step35_trt.gpu_weights import GpuWeights, Packing, deployed_forms
+from step35_trt.gpu_forms import deployed_forms
+from step35_trt.gpu_weights import GpuWeights, Packing
 from step35_trt.kernels.compile import compile_kernels
 from step35_trt.quantize.convert import conversion_key, convert
 from step35_trt.quantize.recipe import Recipe

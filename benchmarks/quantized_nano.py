@@ -20,7 +20,8 @@ import torch
 
 from step35_trt.build import build
 from step35_trt.checkpoint import Checkpoint
-from step35_trt.dialects.torch import CheckpointWeights, TorchOps
+from step35_trt.dialects.checkpoint_weights import CheckpointWeights
+from step35_trt.dialects.torch import TorchOps
 from step35_trt.engine import EngineSpec
 from step35_trt.evaluate import evaluate, log_softmax
 from step35_trt.nano.corpus import held_out_text
