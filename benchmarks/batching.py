@@ -19,13 +19,13 @@ import numpy as np
 
 from benchmarks.nano import prompts
 from benchmarks.nano import session as nano_session
-from step35_trt.runtime.requests import Finished, Limits, TokenRequest, Tokens
-from step35_trt.runtime.scheduler import Scheduler
+from step35_trt.runtime.scheduling.requests import Finished, Limits, TokenRequest, Tokens
+from step35_trt.runtime.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from step35_trt.runtime.requests import Event
+    from step35_trt.runtime.scheduling.requests import Event
     from step35_trt.runtime.session import Session
 
 

@@ -42,22 +42,22 @@ from step35_trt.gpu_forms import deployed_forms
 from step35_trt.lower import ModelPrograms
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.resources import NANO, PUBLISHED
-from step35_trt.runtime.cache_extent import Extent
-from step35_trt.runtime.device_shapes import Shape
-from step35_trt.runtime.orders import DECODER, StepOrder
-from step35_trt.runtime.program_torch import TorchExecutor
-from step35_trt.runtime.rank_runner import RankRunner
+from step35_trt.runtime.cache.cache_extent import Extent
+from step35_trt.runtime.device.device_shapes import Shape
+from step35_trt.runtime.programs.orders import DECODER, StepOrder
+from step35_trt.runtime.programs.program_torch import TorchExecutor
+from step35_trt.runtime.programs.rank_runner import RankRunner
+from step35_trt.runtime.programs.torch_segments import TorchSegments
 from step35_trt.runtime.session_cuda import device_runner, device_weights, load
 from step35_trt.runtime.session_program import ProgramSession
 from step35_trt.runtime.session_torch import TorchSession
-from step35_trt.runtime.torch_segments import TorchSegments
 from step35_trt.weight_forms import Forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from step35_trt.runtime.device_runner import DeviceRunner
-    from step35_trt.runtime.device_weights import DeviceWeights, WeightSource
+    from step35_trt.runtime.device.device_runner import DeviceRunner
+    from step35_trt.runtime.device.device_weights import DeviceWeights, WeightSource
     from step35_trt.runtime.session import Session
     from step35_trt.runtime.session_program import Runner
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from step35_trt.runtime.drafting import take_back
-from step35_trt.runtime.orders import StepOrder
-from step35_trt.runtime.page_account import Growth
-from step35_trt.runtime.sampling import greedy
+from step35_trt.runtime.cache.page_account import Growth
+from step35_trt.runtime.decoding.drafting import take_back
+from step35_trt.runtime.decoding.sampling import greedy
+from step35_trt.runtime.programs.orders import StepOrder
 from step35_trt.runtime.session import Call, RoundCall
 from step35_trt.runtime.session_program import ProgramSession
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from step35_trt.config import Step35Config
-    from step35_trt.runtime.device_runner import DeviceRunner
+    from step35_trt.runtime.device.device_runner import DeviceRunner
     from step35_trt.runtime.session import Floats
     from step35_trt.runtime.session_program import ProgramSequence
 

@@ -11,7 +11,7 @@ import torch
 from step35_trt.checkpoint import EXPERT_PROJECTIONS
 from step35_trt.dialects.torch_experts import Experts, checkpoint_experts
 from step35_trt.kernels import plugin
-from step35_trt.runtime.program_weights import DTYPES, decoded, tensor
+from step35_trt.runtime.programs.program_weights import DTYPES, decoded, tensor
 from step35_trt.weight_forms import ROUTER, packed_weight
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from step35_trt.checkpoint import Checkpoint
     from step35_trt.program import ExpertFormat
-    from step35_trt.runtime.device_weights import Stored, WeightSource
+    from step35_trt.runtime.device.device_weights import Stored, WeightSource
     from step35_trt.weight_forms import Forms
 
 CODE_SPREAD = {"int4": 4.61, "float8_e4m3fn": 1.0, "int8": 73.9}  # standard deviations of the codes made here

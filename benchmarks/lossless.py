@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.nano import prompts, session
-from step35_trt.runtime.generate import generate
-from step35_trt.runtime.sampling import SamplingParams
+from step35_trt.runtime.decoding.generate import generate
+from step35_trt.runtime.decoding.sampling import SamplingParams
 
 
 def main() -> None:

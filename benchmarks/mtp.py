@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.nano import prompts, session
-from step35_trt.runtime.depth import DepthController
-from step35_trt.runtime.generate import generate
-from step35_trt.runtime.generation_stats import GenerationStats
-from step35_trt.runtime.sampling import SamplingParams
+from step35_trt.runtime.decoding.depth import DepthController
+from step35_trt.runtime.decoding.generate import generate
+from step35_trt.runtime.decoding.generation_stats import GenerationStats
+from step35_trt.runtime.decoding.sampling import SamplingParams
 
 DEPTHS = (0, 1, 2, 3, "auto")
 

@@ -10,8 +10,8 @@ from step35_trt.build import build
 from step35_trt.engine import EngineSpec
 from step35_trt.nano.corpus import held_out_text
 from step35_trt.resources import NANO
+from step35_trt.runtime.dialogue.text import Text
 from step35_trt.runtime.load import open_bundle
-from step35_trt.runtime.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path

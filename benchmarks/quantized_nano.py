@@ -32,9 +32,9 @@ from step35_trt.quantize.convert import conversion_key, convert
 from step35_trt.quantize.folding import Folded, Folding
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.resources import NANO
+from step35_trt.runtime.dialogue.text import Text
 from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.session_torch import TorchSession
-from step35_trt.runtime.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -38,14 +38,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from step35_trt.runtime.load import load_text, open_bundle
-from step35_trt.runtime.requests import Limits, TokenRequest, Tokens
-from step35_trt.runtime.serving import ServingLoop
+from step35_trt.runtime.scheduling.requests import Limits, TokenRequest, Tokens
+from step35_trt.runtime.scheduling.serving import ServingLoop
 from step35_trt.triton_repo.write import write_repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from step35_trt.runtime.requests import Event
+    from step35_trt.runtime.scheduling.requests import Event
 
 PROMPTS = (
     "def read(self, size=-1):",

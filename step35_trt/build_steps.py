@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from step35_trt.bundle import REPORTS, TOKENIZER
-from step35_trt.runtime.text import Text
+from step35_trt.runtime.dialogue.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,7 +10,7 @@ from step35_trt.errors import DoesNotFitError, VerificationError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from step35_trt.runtime.batch_lines import Request
+    from step35_trt.runtime.batch_files.batch_lines import Request
 
 
 def echo(request: Request, tag: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from step35_trt.checkpoint import EXPERT_PROJECTIONS, Checkpoint
 from step35_trt.dialects.torch_experts import Experts
 from step35_trt.kernels import plugin
 from step35_trt.lower import ModelPrograms
-from step35_trt.runtime.cache_extent import Extent
-from step35_trt.runtime.leading import follow
-from step35_trt.runtime.program_weights import checkpoint_share, tensor
-from step35_trt.runtime.ranks import Ranks
+from step35_trt.runtime.cache.cache_extent import Extent
+from step35_trt.runtime.programs.leading import follow
+from step35_trt.runtime.programs.program_weights import checkpoint_share, tensor
+from step35_trt.runtime.programs.ranks import Ranks
 from step35_trt.runtime.session_cuda import device_runner, device_weights
 from step35_trt.runtime.session_program import ProgramSession
 from step35_trt.sharing import ALONE, Sharing
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from step35_trt.runtime.device_weights import Stored
-    from step35_trt.runtime.recording import Recorder
+    from step35_trt.runtime.device.device_weights import Stored
+    from step35_trt.runtime.device.recording import Recorder
     from step35_trt.sharing import Part, Way
     from step35_trt.weight_forms import Forms
 

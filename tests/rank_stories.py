@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from step35_trt.evaluate import evaluate
-from step35_trt.runtime.generate import generate
-from step35_trt.runtime.sampling import SamplingParams
+from step35_trt.runtime.decoding.generate import generate
+from step35_trt.runtime.decoding.sampling import SamplingParams
 from step35_trt.runtime.session import Call
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-m", "step35_trt"]
 # A clean process that has torch, of which ranks are forked: importing it takes longer than all they do.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["step35_trt.runtime.program_loading", "tests.rank_stories", "tests.device_ranks"]
+    ["step35_trt.runtime.programs.program_loading", "tests.rank_stories", "tests.device_ranks"]
 )
 
 

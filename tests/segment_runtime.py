@@ -19,8 +19,8 @@ from step35_trt.dialects.tensorrt_functional import DATA_TYPES
 from step35_trt.dialects.tensorrt_segment import Builder, Profile
 from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.progress import silent
-from step35_trt.runtime.engine_runtime import EngineTensor
-from step35_trt.runtime.program_weights import DTYPES, decoded
+from step35_trt.runtime.device.engine_runtime import EngineTensor
+from step35_trt.runtime.programs.program_weights import DTYPES, decoded
 from step35_trt.signatures import Vector
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from step35_trt.dialects.tensorrt_functional import Functional
     from step35_trt.dialects.tensorrt_segment import Engine
     from step35_trt.progress import Progress
-    from step35_trt.runtime.engine_runtime import Scratch
+    from step35_trt.runtime.device.engine_runtime import Scratch
     from step35_trt.segments import Segment
     from step35_trt.weight_forms import Forms
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
+    from step35_trt.runtime.dialogue.text import Text
     from step35_trt.runtime.session import Call, Floats, Ids
-    from step35_trt.runtime.text import Text
 
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 CONTROL = (BOS, "<|eos|>", "<|im_start|>", "<|im_end|>")

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from step35_trt.errors import Step35Error
-from step35_trt.runtime.requests import Failed, Finished, Limits, TokenRequest, Tokens
-from step35_trt.runtime.serving import ServingLoop
+from step35_trt.runtime.scheduling.requests import Failed, Finished, Limits, TokenRequest, Tokens
+from step35_trt.runtime.scheduling.serving import ServingLoop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from step35_trt.bench.workload import Item
     from step35_trt.progress import Progress
-    from step35_trt.runtime.requests import Event
+    from step35_trt.runtime.scheduling.requests import Event
     from step35_trt.runtime.session import Session
 
 

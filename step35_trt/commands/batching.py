@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from step35_trt.runtime.batch import BatchSummary
+    from step35_trt.runtime.batch_files.batch import BatchSummary
 
 
 @click.command()
@@ -45,7 +45,7 @@ def batch(
     as_json: bool,
 ) -> None:
     """Answer REQUESTS, a JSON-lines file in OpenAI's batch format. Resumes by itself."""
-    from step35_trt.runtime.batch_ray import RayOptions, run_batch_ray
+    from step35_trt.runtime.batch_files.batch_ray import RayOptions, run_batch_ray
     from step35_trt.runtime.placement import check_alone
 
     if ray is not None:
@@ -79,7 +79,7 @@ def _here(
     drafts: int | Literal["auto"],
     advance: Callable[[BatchSummary], None],
 ) -> BatchSummary:
-    from step35_trt.runtime.batch import run_batch
+    from step35_trt.runtime.batch_files.batch import run_batch
     from step35_trt.runtime.load import load_text, open_bundle
 
     session = open_bundle(bundle)

@@ -98,9 +98,9 @@ def _prompts(bundle: Path, dataset: Path, most: int) -> list[list[int]]:
     """Token ids of the first requests of a batch file."""
     from itertools import islice
 
-    from step35_trt.runtime.batch_lines import opened, read_lines, request_of
-    from step35_trt.runtime.chat import ChatTemplate
-    from step35_trt.runtime.completions import parse_body, prompt_of
+    from step35_trt.runtime.batch_files.batch_lines import opened, read_lines, request_of
+    from step35_trt.runtime.dialogue.chat import ChatTemplate
+    from step35_trt.runtime.dialogue.completions import parse_body, prompt_of
     from step35_trt.runtime.load import load_text
 
     text = load_text(bundle, required=True)

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from step35_trt import console
 from step35_trt.errors import Step35Error
-from step35_trt.runtime.chat import ChatTemplate, Message, starts_in_reasoning
-from step35_trt.runtime.generation_stats import GenerationStats
-from step35_trt.runtime.requests import Limits
-from step35_trt.runtime.serving import ServingLoop
-from step35_trt.runtime.through_loop import complete_through
-from step35_trt.runtime.tool_calls import AnswerParser, ContentDelta, ReasoningDelta, ToolCall
+from step35_trt.runtime.decoding.generation_stats import GenerationStats
+from step35_trt.runtime.dialogue.chat import ChatTemplate, Message, starts_in_reasoning
+from step35_trt.runtime.dialogue.tool_calls import AnswerParser, ContentDelta, ReasoningDelta, ToolCall
+from step35_trt.runtime.scheduling.requests import Limits
+from step35_trt.runtime.scheduling.serving import ServingLoop
+from step35_trt.runtime.scheduling.through_loop import complete_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
     from typing import Literal
 
-    from step35_trt.runtime.sampling import SamplingParams
+    from step35_trt.runtime.decoding.sampling import SamplingParams
+    from step35_trt.runtime.dialogue.text import Text
     from step35_trt.runtime.session import Session
-    from step35_trt.runtime.text import Text
 
 
 def chat(

@@ -15,7 +15,7 @@ from step35_trt.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from step35_trt.runtime.generation_stats import GenerationStats
+    from step35_trt.runtime.decoding.generation_stats import GenerationStats
 
 COMPLETION_TOKENS = 128
 
@@ -53,11 +53,11 @@ def generate(
 ) -> None:
     """Continue a prompt with a bundle, streaming text."""
     from step35_trt.commands.chatting import chat
-    from step35_trt.runtime.answer_text import complete
-    from step35_trt.runtime.generate import generate as run
-    from step35_trt.runtime.generation_stats import GenerationStats
+    from step35_trt.runtime.decoding.generate import generate as run
+    from step35_trt.runtime.decoding.generation_stats import GenerationStats
+    from step35_trt.runtime.decoding.sampling import SamplingParams
+    from step35_trt.runtime.dialogue.answer_text import complete
     from step35_trt.runtime.load import load_text, open_bundle
-    from step35_trt.runtime.sampling import SamplingParams
 
     if [prompt is not None, prompt_ids is not None, chatting].count(True) != 1:
         raise UsageError("give either --prompt, --prompt-ids or --chat")

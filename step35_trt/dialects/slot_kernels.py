@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from step35_trt.dialects.torch import HeldWeights, SequenceBatch
     from step35_trt.dialects.torch_kernels import TritonKernels
     from step35_trt.kernels.targets import GpuTarget
-    from step35_trt.runtime.cache_extent import TableSpec
-    from step35_trt.runtime.device_pages import DevicePages
+    from step35_trt.runtime.cache.cache_extent import TableSpec
+    from step35_trt.runtime.device.device_pages import DevicePages
 
 
 class Launches(Protocol):

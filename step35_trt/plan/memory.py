@@ -11,7 +11,7 @@ from step35_trt.plan import weight_cost
 from step35_trt.plan.parameters import MTP_GROUPS, Group, parameters
 from step35_trt.plan.splits import Shares
 from step35_trt.quantize.recipe import Recipe
-from step35_trt.runtime.cache_extent import Extent
+from step35_trt.runtime.cache.cache_extent import Extent
 
 if TYPE_CHECKING:
     from step35_trt.config import LayerSpec, Step35Config

@@ -13,7 +13,7 @@ from step35_trt.plan.memory import WORKSPACE_FORMULA, Footprint, kv_bytes, weigh
 from step35_trt.plan.parameters import MTP_GROUPS, count_groups, parameters
 from step35_trt.plan.roofline import Roofline
 from step35_trt.plan.splits import Shares, possible_splits
-from step35_trt.runtime.cache_extent import page_rows
+from step35_trt.runtime.cache.cache_extent import page_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -115,7 +115,7 @@ class Job:
 
 def _token_ids(source: Checkpoint, recipe: Recipe, options: CalibrationOptions) -> NDArray[np.int64]:
     from step35_trt.quantize.calibration.texts import calibration_tokens
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
 
     assert recipe.calibration is not None
     if not (source.directory / "tokenizer.json").is_file():

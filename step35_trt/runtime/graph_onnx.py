@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError
-from step35_trt.runtime.kv_pages import (
+from step35_trt.runtime.cache.kv_pages import (
     NONE,
     PAGE_ROWS,
     PagePool,
@@ -22,7 +22,7 @@ from step35_trt.runtime.kv_pages import (
     pages_for,
     reserve,
 )
-from step35_trt.runtime.kv_rows import CachedRows
+from step35_trt.runtime.cache.kv_rows import CachedRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf

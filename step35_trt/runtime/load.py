@@ -11,8 +11,8 @@ from step35_trt.errors import UnsupportedError, UsageError
 from step35_trt.resources import NANO
 
 if TYPE_CHECKING:
+    from step35_trt.runtime.dialogue.text import Text
     from step35_trt.runtime.session import Session
-    from step35_trt.runtime.text import Text
 
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja")
 NAMES = "Give a checkpoint directory, a hub id, or 'nano'."
@@ -58,7 +58,7 @@ def load_text(directory: Path, *, required: bool) -> Text | None:
     Raises:
         UsageError: it is required and the checkpoint had none.
     """
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
 
     folder = directory / TOKENIZER
     if (folder / "tokenizer.json").is_file():
@@ -116,7 +116,7 @@ def _torch_session(bundle: Bundle) -> Session:
             raise UnsupportedError(
                 f"running {bundle.directory} needs torch", "pip install 'step35-trt[reference]'"
             )
-    from step35_trt.runtime.program_loading import open_program
+    from step35_trt.runtime.programs.program_loading import open_program
 
     return open_program(bundle)
 

@@ -19,20 +19,20 @@ from step35_trt.errors import DoesNotFitError
 from step35_trt.gpu_weights import StoredWeights
 from step35_trt.kernels.jit import JIT
 from step35_trt.program import SteppedProgram
-from step35_trt.runtime.bundle_kernels import bundle_launcher
-from step35_trt.runtime.cache_extent import Extent
-from step35_trt.runtime.device_pages import DevicePages
-from step35_trt.runtime.device_runner import DeviceRunner
-from step35_trt.runtime.device_weights import DeviceWeights
-from step35_trt.runtime.leading import follow
+from step35_trt.runtime.cache.cache_extent import Extent
+from step35_trt.runtime.device.bundle_kernels import bundle_launcher
+from step35_trt.runtime.device.device_pages import DevicePages
+from step35_trt.runtime.device.device_runner import DeviceRunner
+from step35_trt.runtime.device.device_weights import DeviceWeights
+from step35_trt.runtime.device.recording import GraphRecorder
+from step35_trt.runtime.device.segment_choice import bundle_segments, installed_runtime
+from step35_trt.runtime.device.upload import BundleSource, Uploader
 from step35_trt.runtime.placement import Placement, said_once
-from step35_trt.runtime.program_torch import TorchExecutor, refuse
-from step35_trt.runtime.ranks import Ranks
-from step35_trt.runtime.recording import GraphRecorder
-from step35_trt.runtime.segment_choice import bundle_segments, installed_runtime
+from step35_trt.runtime.programs.leading import follow
+from step35_trt.runtime.programs.program_torch import TorchExecutor, refuse
+from step35_trt.runtime.programs.ranks import Ranks
+from step35_trt.runtime.programs.torch_segments import TorchSegments
 from step35_trt.runtime.session_program import ProgramSession
-from step35_trt.runtime.torch_segments import TorchSegments
-from step35_trt.runtime.upload import BundleSource, Uploader
 
 if TYPE_CHECKING:
     from step35_trt.bundle import Bundle
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from step35_trt.dialects.slot_kernels import Launches
     from step35_trt.kernels.launching import Launcher
     from step35_trt.lower import ModelPrograms
-    from step35_trt.runtime.device_weights import WeightSource
-    from step35_trt.runtime.program_torch import SegmentRunner
-    from step35_trt.runtime.recording import Recorder
-    from step35_trt.runtime.segment_choice import RuntimeFor
+    from step35_trt.runtime.device.device_weights import WeightSource
+    from step35_trt.runtime.device.recording import Recorder
+    from step35_trt.runtime.device.segment_choice import RuntimeFor
+    from step35_trt.runtime.programs.program_torch import SegmentRunner
 
 PAGES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

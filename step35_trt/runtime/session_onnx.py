@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from step35_trt.runtime.cache.kv_pages import PAGE_ROWS, pages_for
+from step35_trt.runtime.cache.kv_sequence import SequenceRows
 from step35_trt.runtime.graph_onnx import CachedGraph, inference_session
-from step35_trt.runtime.kv_pages import PAGE_ROWS, pages_for
-from step35_trt.runtime.kv_sequence import SequenceRows
-from step35_trt.runtime.orders import DECODER
 from step35_trt.runtime.packing import Packed, check_context
+from step35_trt.runtime.programs.orders import DECODER
 from step35_trt.runtime.session import Call, Capacity
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 
 from step35_trt.errors import DoesNotFitError
-from step35_trt.runtime.kv_rows import CachedRows
-from step35_trt.runtime.kv_sequence import SequenceRows
-from step35_trt.runtime.leading import lead
-from step35_trt.runtime.orders import DECODER, StepOrder
+from step35_trt.runtime.cache.kv_rows import CachedRows
+from step35_trt.runtime.cache.kv_sequence import SequenceRows
+from step35_trt.runtime.cache.page_account import Growth, PageAccount
 from step35_trt.runtime.packing import Packed, check_context
-from step35_trt.runtime.page_account import Growth, PageAccount
-from step35_trt.runtime.round_order import RoundOrder
+from step35_trt.runtime.programs.leading import lead
+from step35_trt.runtime.programs.orders import DECODER, StepOrder
+from step35_trt.runtime.programs.round_order import RoundOrder
 from step35_trt.runtime.session import Call, Capacity, Step
 from step35_trt.runtime.session_rounds import SessionRounds
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from step35_trt.config import Step35Config
-    from step35_trt.runtime.cache_extent import CacheLayout
-    from step35_trt.runtime.program_torch import TorchExecutor
-    from step35_trt.runtime.ranks import Ranks
-    from step35_trt.runtime.round_runner import RoundRunner
+    from step35_trt.runtime.cache.cache_extent import CacheLayout
+    from step35_trt.runtime.device.round_runner import RoundRunner
+    from step35_trt.runtime.programs.program_torch import TorchExecutor
+    from step35_trt.runtime.programs.ranks import Ranks
     from step35_trt.runtime.session import Floats, Ids
     from step35_trt.steps import StepProgram
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from step35_trt.runtime.leading import lead
+from step35_trt.runtime.cache.page_account import Growth
 from step35_trt.runtime.packing import check_context
-from step35_trt.runtime.page_account import Growth
-from step35_trt.runtime.round_order import RoundOrder
-from step35_trt.runtime.round_plan import parts
+from step35_trt.runtime.programs.leading import lead
+from step35_trt.runtime.programs.round_order import RoundOrder
+from step35_trt.runtime.programs.round_plan import parts
 from step35_trt.runtime.session import Call, RoundResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from step35_trt.runtime.round_plan import Part
-    from step35_trt.runtime.round_runner import RoundRunner
+    from step35_trt.runtime.device.round_runner import RoundRunner
+    from step35_trt.runtime.programs.round_plan import Part
     from step35_trt.runtime.session import Ids, RoundCall
     from step35_trt.runtime.session_program import ProgramSequence, ProgramSession
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from step35_trt.errors import Step35Error
-from step35_trt.runtime.answer_text import AnswerText
-from step35_trt.runtime.requests import Failed, Finished, Tokens
+from step35_trt.runtime.dialogue.answer_text import AnswerText
+from step35_trt.runtime.scheduling.requests import Failed, Finished, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from step35_trt.runtime.requests import Event, RequestHandle
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
+    from step35_trt.runtime.scheduling.requests import Event, RequestHandle
     from step35_trt.triton_repo.requests import Wanted
 
     Outputs = dict[str, NDArray[Any]]

@@ -16,9 +16,9 @@ from step35_trt.triton_repo.requests import parse, timeout_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from step35_trt.runtime.requests import Metrics
-    from step35_trt.runtime.serving import ServingLoop
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
+    from step35_trt.runtime.scheduling.requests import Metrics
+    from step35_trt.runtime.scheduling.serving import ServingLoop
     from step35_trt.triton_repo.answers import Responder
     from step35_trt.triton_repo.limits import ServingLimits
     from step35_trt.triton_repo.requests import Inputs, Wanted

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from step35_trt.runtime.requests import Metrics
+    from step35_trt.runtime.scheduling.requests import Metrics
 
 COUNTERS: dict[str, tuple[str, Callable[[Metrics], dict[str, int]]]] = {
     "step35_requests": (

@@ -100,8 +100,8 @@ class _Responder:
 
 def _open(backend: Any, model: str, parameters: dict[str, str]) -> Host:
     from step35_trt.runtime.load import load_text, open_bundle
-    from step35_trt.runtime.requests import Limits
-    from step35_trt.runtime.serving import ServingLoop
+    from step35_trt.runtime.scheduling.requests import Limits
+    from step35_trt.runtime.scheduling.serving import ServingLoop
     from step35_trt.triton_repo.host import Host
     from step35_trt.triton_repo.metrics import TritonMetrics
 

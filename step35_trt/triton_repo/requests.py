@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from step35_trt.errors import UsageError
-from step35_trt.runtime.requests import TokenRequest
-from step35_trt.runtime.sampling import SamplingParams, whole
+from step35_trt.runtime.decoding.sampling import SamplingParams, whole
+from step35_trt.runtime.scheduling.requests import TokenRequest
 from step35_trt.triton_repo.tensors import ONLY
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
     from step35_trt.triton_repo.limits import ServingLimits
 
     Inputs = Mapping[str, NDArray[Any]]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    from step35_trt.runtime.generation_stats import GenerationStats
+    from step35_trt.runtime.decoding.generation_stats import GenerationStats
 
 
 @pytest.fixture

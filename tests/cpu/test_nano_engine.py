@@ -9,10 +9,10 @@ import pytest
 from benchmarks.nano import prompts, session
 from step35_trt.evaluate import differences, evaluate
 from step35_trt.resources import NANO
-from step35_trt.runtime.generate import generate
-from step35_trt.runtime.generation_stats import GenerationStats
-from step35_trt.runtime.sampling import SamplingParams
-from step35_trt.runtime.text import Text
+from step35_trt.runtime.decoding.generate import generate
+from step35_trt.runtime.decoding.generation_stats import GenerationStats
+from step35_trt.runtime.decoding.sampling import SamplingParams
+from step35_trt.runtime.dialogue.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,7 +96,7 @@ def test_sampling_with_a_seed_repeats(exact: Session) -> None:
 
 
 def test_text_streams_as_it_decodes(exact: Session) -> None:
-    from step35_trt.runtime.answer_text import complete
+    from step35_trt.runtime.dialogue.answer_text import complete
 
     text = Text.load(NANO)
     ids = text.encode("The import statement")

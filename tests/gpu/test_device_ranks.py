@@ -15,7 +15,7 @@ if torch.cuda.device_count() < 2 or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs two CUDA devices and compiled kernels", allow_module_level=True)
 
 from step35_trt.resources import NANO  # noqa: E402 - after the skip
-from step35_trt.runtime.device_runner import DeviceRunner  # noqa: E402
+from step35_trt.runtime.device.device_runner import DeviceRunner  # noqa: E402
 from step35_trt.runtime.placement import Placement  # noqa: E402
 from tests.device_ranks import session_of, sharing  # noqa: E402
 from tests.rank_stories import BOTH, EXPERT, TENSOR, told  # noqa: E402

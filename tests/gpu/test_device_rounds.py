@@ -16,11 +16,11 @@ from step35_trt.checkpoint import Checkpoint, expected_tensors  # noqa: E402
 from step35_trt.lower import ModelPrograms  # noqa: E402
 from step35_trt.quantize.recipe import Recipe  # noqa: E402
 from step35_trt.resources import NANO  # noqa: E402
-from step35_trt.runtime.cache_extent import Extent  # noqa: E402
-from step35_trt.runtime.generate import generate  # noqa: E402
-from step35_trt.runtime.generation_stats import GenerationStats  # noqa: E402
-from step35_trt.runtime.round_runner import likeliest  # noqa: E402
-from step35_trt.runtime.sampling import SamplingParams, greedy  # noqa: E402
+from step35_trt.runtime.cache.cache_extent import Extent  # noqa: E402
+from step35_trt.runtime.decoding.generate import generate  # noqa: E402
+from step35_trt.runtime.decoding.generation_stats import GenerationStats  # noqa: E402
+from step35_trt.runtime.decoding.sampling import SamplingParams, greedy  # noqa: E402
+from step35_trt.runtime.device.round_runner import likeliest  # noqa: E402
 from step35_trt.runtime.session_cuda import device_runner, device_weights  # noqa: E402
 from step35_trt.runtime.session_program import ProgramSession  # noqa: E402
 from step35_trt.weight_forms import Forms  # noqa: E402

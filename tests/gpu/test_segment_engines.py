@@ -21,12 +21,12 @@ from step35_trt.evaluate import evaluate  # noqa: E402
 from step35_trt.finish import finish  # noqa: E402
 from step35_trt.quantize.recipe import Recipe  # noqa: E402
 from step35_trt.quantize.run import CalibrationOptions, Job  # noqa: E402
+from step35_trt.runtime.device.segment_choice import installed_runtime  # noqa: E402
+from step35_trt.runtime.device.segment_engines import EngineSegments  # noqa: E402
 from step35_trt.runtime.gpu import capabilities  # noqa: E402
-from step35_trt.runtime.program_torch import BUFFERS  # noqa: E402
-from step35_trt.runtime.segment_choice import installed_runtime  # noqa: E402
-from step35_trt.runtime.segment_engines import EngineSegments  # noqa: E402
+from step35_trt.runtime.programs.program_torch import BUFFERS  # noqa: E402
+from step35_trt.runtime.programs.torch_segments import TorchSegments  # noqa: E402
 from step35_trt.runtime.session_cuda import open_cuda  # noqa: E402
-from step35_trt.runtime.torch_segments import TorchSegments  # noqa: E402
 from tests.synthetic import raw_config, write_checkpoint  # noqa: E402
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from step35_trt.lower import ModelPrograms  # noqa: E402
 from step35_trt.quantize.recipe import Recipe  # noqa: E402
 from step35_trt.quantize.run import CalibrationOptions, Job  # noqa: E402
 from step35_trt.resources import NANO  # noqa: E402
-from step35_trt.runtime.cache_extent import Extent  # noqa: E402
-from step35_trt.runtime.generate import generate  # noqa: E402
+from step35_trt.runtime.cache.cache_extent import Extent  # noqa: E402
+from step35_trt.runtime.decoding.generate import generate  # noqa: E402
+from step35_trt.runtime.decoding.sampling import SamplingParams  # noqa: E402
 from step35_trt.runtime.gpu import capabilities  # noqa: E402
 from step35_trt.runtime.load import open_bundle  # noqa: E402
-from step35_trt.runtime.sampling import SamplingParams  # noqa: E402
 from step35_trt.runtime.session import Call  # noqa: E402
 from step35_trt.runtime.session_cuda import device_runner, device_weights  # noqa: E402
 from step35_trt.runtime.session_program import ProgramSession  # noqa: E402

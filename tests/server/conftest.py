@@ -7,10 +7,10 @@ import pytest
 from step35_trt.build import build
 from step35_trt.engine import EngineSpec
 from step35_trt.resources import NANO
-from step35_trt.runtime.answer_text import complete
-from step35_trt.runtime.generation_stats import GenerationStats
+from step35_trt.runtime.decoding.generation_stats import GenerationStats
+from step35_trt.runtime.decoding.sampling import SamplingParams
+from step35_trt.runtime.dialogue.answer_text import complete
 from step35_trt.runtime.load import load_text, open_bundle
-from step35_trt.runtime.sampling import SamplingParams
 from step35_trt.triton_repo.write import write_repository
 from tests.server.served import Served, missing
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from step35_trt.runtime.sampling import SamplingParams
+from step35_trt.runtime.decoding.sampling import SamplingParams
 from step35_trt.triton_repo.host import REPORT_SECONDS
 from tests.server.served import Served, Stream, joined
 

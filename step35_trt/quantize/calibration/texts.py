@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
 
 LENGTH = 512  # tokens of a sequence
 PIECE = 16  # characters that surely hold a token's share of ordinary text

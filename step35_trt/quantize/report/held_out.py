@@ -52,7 +52,7 @@ def held_out(job: Job, choice: str | None) -> HeldOut | None:
     chosen = unasked if choice is None else choice
     if chosen == "none":
         return None
-    from step35_trt.runtime.text import Text
+    from step35_trt.runtime.dialogue.text import Text
 
     source = job.source
     if not (source.directory / "tokenizer.json").is_file():

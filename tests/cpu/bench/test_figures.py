@@ -11,8 +11,8 @@ from step35_trt.config import Step35Config
 from step35_trt.engine import EngineSpec
 from step35_trt.plan.plan import make_plan
 from step35_trt.resources import NANO
-from step35_trt.runtime.generation_stats import GenerationStats
-from step35_trt.runtime.requests import Finished
+from step35_trt.runtime.decoding.generation_stats import GenerationStats
+from step35_trt.runtime.scheduling.requests import Finished
 from tests.cpu.pages.structure import check_page
 
 CONFIG = Step35Config.load(NANO)

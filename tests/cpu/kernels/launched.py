@@ -26,13 +26,13 @@ from step35_trt.kernels.cubins import open_cubins
 from step35_trt.kernels.launching import type_of
 from step35_trt.program import KernelFile
 from step35_trt.quantize.recipe import Recipe
-from step35_trt.runtime.cache_extent import Extent
-from step35_trt.runtime.device_pages import DevicePages
-from step35_trt.runtime.device_runner import DeviceRunner
-from step35_trt.runtime.device_weights import DeviceWeights
-from step35_trt.runtime.orders import StepOrder
-from step35_trt.runtime.program_torch import TorchExecutor
-from step35_trt.runtime.torch_segments import TorchSegments
+from step35_trt.runtime.cache.cache_extent import Extent
+from step35_trt.runtime.device.device_pages import DevicePages
+from step35_trt.runtime.device.device_runner import DeviceRunner
+from step35_trt.runtime.device.device_weights import DeviceWeights
+from step35_trt.runtime.programs.orders import StepOrder
+from step35_trt.runtime.programs.program_torch import TorchExecutor
+from step35_trt.runtime.programs.torch_segments import TorchSegments
 from tests.gpu_kernels import uncompiled
 from tests.synthetic import raw_config
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from step35_trt.config import Step35Config
 from step35_trt.runtime.packing import UNBOUNDED, check_context
-from step35_trt.runtime.round_plan import parts
+from step35_trt.runtime.programs.round_plan import parts
 from step35_trt.runtime.session import Call, Capacity, RoundResult, Step
 
 if TYPE_CHECKING:
-    from step35_trt.runtime.sampling import SamplingParams
+    from step35_trt.runtime.decoding.sampling import SamplingParams
     from step35_trt.runtime.session import RoundCall
 
 WIDTH = 4  # of a hidden row: position, token, checksum, producer

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step35_trt.errors import DoesNotFitError
-from step35_trt.runtime.kv_pages import PAGE_ROWS, pages_for
-from step35_trt.runtime.orders import DECODER
+from step35_trt.runtime.cache.kv_pages import PAGE_ROWS, pages_for
+from step35_trt.runtime.programs.orders import DECODER
 from step35_trt.runtime.session import Call
 from tests.cpu.conftest import GEOMETRIES
 from tests.cpu.runtime.streams import MODULES, Running, Stream, interleave

@@ -13,12 +13,12 @@ from step35_trt.build import build
 from step35_trt.engine import EngineSpec
 from step35_trt.errors import Step35Error, UsageError
 from step35_trt.resources import NANO
-from step35_trt.runtime.generate import generate
+from step35_trt.runtime.decoding.generate import generate
+from step35_trt.runtime.decoding.sampling import SamplingParams
+from step35_trt.runtime.dialogue.text import Text
 from step35_trt.runtime.load import open_bundle
-from step35_trt.runtime.requests import Limits
-from step35_trt.runtime.sampling import SamplingParams
-from step35_trt.runtime.serving import ServingLoop
-from step35_trt.runtime.text import Text
+from step35_trt.runtime.scheduling.requests import Limits
+from step35_trt.runtime.scheduling.serving import ServingLoop
 from step35_trt.triton_repo.answers import CancelledError, TimedOutError
 from step35_trt.triton_repo.host import Arrival, Host
 from step35_trt.triton_repo.limits import ServingLimits
@@ -26,7 +26,7 @@ from step35_trt.triton_repo.limits import ServingLimits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from step35_trt.runtime.requests import Metrics
+    from step35_trt.runtime.scheduling.requests import Metrics
     from step35_trt.runtime.session import Session
 
 PROMPT = "def read(self, size=-1):"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from step35_trt.errors import Step35Error, UsageError
 from step35_trt.resources import NANO
-from step35_trt.runtime.text import Text
+from step35_trt.runtime.dialogue.text import Text
 from step35_trt.triton_repo.limits import ServingLimits
 from step35_trt.triton_repo.requests import DEFAULT_OUTPUT_TOKENS, parse, timeout_of
 from step35_trt.triton_repo.tensors import INPUTS

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from step35_trt.dialects.torch import SequenceBatch, TorchOps
 from step35_trt.kernels import plugin
-from step35_trt.runtime.device_weights import DeviceWeights, kernel_format, kernel_int4
-from step35_trt.runtime.program_weights import decoded
+from step35_trt.runtime.device.device_weights import DeviceWeights, kernel_format, kernel_int4
+from step35_trt.runtime.programs.program_weights import decoded
 from step35_trt.weight_forms import WeightForm, pack
 
 dense = plugin.load("dense", "launch")

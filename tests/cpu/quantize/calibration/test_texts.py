@@ -12,7 +12,7 @@ from step35_trt.errors import UsageError
 from step35_trt.nano.corpus import held_out_documents, paragraph_keys, training_documents
 from step35_trt.quantize.calibration import calibration_tokens
 from step35_trt.resources import NANO
-from step35_trt.runtime.text import Text
+from step35_trt.runtime.dialogue.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,1 @@
+"""OpenAI's batch files, on one machine or many."""

@@ -1,0 +1,1 @@
+"""Pages of keys and values: whose they are, and what later sequences find again."""

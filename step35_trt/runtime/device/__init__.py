@@ -1,0 +1,1 @@
+"""Programs on a GPU: pages, weights, kernels, engines, recordings."""

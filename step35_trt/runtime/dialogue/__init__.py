@@ -1,0 +1,1 @@
+"""Text, chat messages and OpenAI's requests, in and out."""

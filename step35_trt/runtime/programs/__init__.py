@@ -1,0 +1,1 @@
+"""Programs run on torch's tensors, by one process or by several."""

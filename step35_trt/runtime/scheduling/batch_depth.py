@@ -1,0 +1,127 @@
+"""How many tokens each of many sequences drafts in the round they share.
+
+A packed step costs what all its tokens cost together, and with a mixture of experts that is far from linear:
+T tokens that choose top_k of E experts evenly load E (1 - (1 - top_k/E)^T) of them on average. At batch 1 a
+draft pays for experts of its own; once the others' tokens have loaded nearly all, it costs little more than
+its arithmetic; where arithmetic is what limits, it costs its full share. No rule for one sequence sees that,
+so the depths of a round are chosen together.
+
+With p_ij the probability that draft j of sequence i stands (the product of its heads' acceptances), the round
+yields n + sum of p_ij tokens. p_ij falls with j, so the best set of m drafts is the m largest, and these are
+prefixes. For each m the round's cost is read off what was measured (`round_costs.py`), and the m of the most
+tokens per second wins; only the largest m of a size class is looked at, so that few sizes come up and each is
+measured often. Depths hardly measured, or long ago, are tried now and then by all sequences together, as
+`depth.py` does for one. Who shares no step shares no choice: rounds that a session runs at once
+(`session.Rounds`) have a choice and costs of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from step35_trt.runtime.decoding.depth import NEW_EVERY, OLD_EVERY, PRIOR_ACCEPTANCE, Acceptance
+from step35_trt.runtime.decoding.round_costs import size_class
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from step35_trt.runtime.decoding.round_costs import Costs
+
+PRIOR_TESTS = 4  # that the others' acceptance counts for in a sequence's own
+
+
+class Member:
+    """One sequence's `DepthPolicy`: the depth that was chosen for it, and its acceptances."""
+
+    def __init__(self, batch: BatchDepth) -> None:
+        self._batch = batch
+        self.depth = 0
+        # A new sequence is expected to do as those before it did.
+        self.acceptance = Acceptance(batch.acceptance, PRIOR_TESTS)
+
+    def choose(self, limit: int) -> int:
+        """See `DepthPolicy`."""
+        return min(self.depth, limit)
+
+    def record(self, depth: int, accepted: int, seconds: float) -> None:
+        """See `DepthPolicy`; what a round takes is measured by steps, not by sequences."""
+        self.acceptance.record(depth, accepted)
+        self._batch.record(depth, accepted)
+
+
+class BatchDepth:
+    """Chooses the depths of a round; see the module's text for the maths.
+
+    Args:
+        modules: Number of heads, so the largest depth.
+        costs: Of its rounds.
+    """
+
+    def __init__(self, modules: int, costs: Costs) -> None:
+        self._modules = modules
+        self._costs = costs
+        self._all = Acceptance([PRIOR_ACCEPTANCE] * modules)
+        self._round = 0
+
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Estimated probability for each head, over all sequences."""
+        return self._all.rates
+
+    def member(self) -> Member:
+        """A new sequence."""
+        return Member(self)
+
+    def record(self, depth: int, accepted: int) -> None:
+        """A sequence's round."""
+        self._all.record(depth, accepted)
+
+    def choose(self, members: SequenceOf[Member], others: int) -> None:
+        """Set the depths of the next round.
+
+        Args:
+            members: The sequences that start a round.
+            others: Tokens that the decoder will run beside theirs: prompts, rounds of fixed depth.
+        """
+        if not members or not self._modules:
+            return
+        self._round += 1
+        trial = self._trial(len(members), others)
+        for member in members:
+            member.depth = trial or 0
+        if trial is None:
+            self._best(members, others)
+
+    def _trial(self, count: int, others: int) -> int | None:
+        """A depth for all that is tried because its cost is unknown or old; None for the best."""
+        sizes = [others + count * (1 + depth) for depth in range(self._modules + 1)]
+        unknown = [depth for depth, size in enumerate(sizes) if not self._costs.known(size)]
+        if unknown and self._round % NEW_EVERY == NEW_EVERY - 1:
+            return unknown[-1]
+        if self._round % OLD_EVERY == OLD_EVERY - 1:
+            return max(range(len(sizes)), key=lambda depth: self._costs.age(sizes[depth]))
+        return None
+
+    def _best(self, members: SequenceOf[Member], others: int) -> None:
+        """The drafts most likely to stand, as many as give the most tokens per second."""
+        chances = []
+        for place, member in enumerate(members):
+            chance = 1.0
+            for head, rate in enumerate(member.acceptance.rates):
+                chance *= rate
+                chances.append((-chance, head, place))
+        chances.sort()
+        drafting = [0] * self._modules  # sequences that use each module
+        tokens = float(len(members))
+        most, taken = tokens / self._costs.seconds(len(members) + others, drafting), 0
+        for count, (chance, head, _) in enumerate(chances, start=1):
+            tokens -= chance
+            drafting[head] += 1
+            size = len(members) + others + count
+            if count < len(chances) and size_class(size) == size_class(size + 1):
+                continue
+            rate = tokens / self._costs.seconds(size, drafting)
+            if rate > most:
+                most, taken = rate, count
+        for _, head, place in chances[:taken]:
+            members[place].depth = max(members[place].depth, head + 1)
