@@ -1,4 +1,4 @@
-"""Every kernel of a deployment compiles for each GPU we name, without one, and passes its static checks."""
+"""All kernels of a deployment compile for Hopper, the tightest for others, and pass their static checks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize("name", ["sm_90", "sm_121"])
-def test_everything_compiles_and_passes(name: str, cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = TARGETS[name]
+def test_everything_compiles_and_passes(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For other GPUs `step35-trt kernels` does the same."""
+    target = TARGETS["sm_90"]
     variants = deployment(Step35Config.load(PUBLISHED), target)
     assert {variant.plugin for variant in variants} == set(PLUGINS)
     assert len({(variant.plugin, variant.name) for variant in variants}) == len(variants)
     started = time.monotonic()
     compiled = compile_kernels(variants, target)
     with capsys.disabled():
-        print(f"\n{len(compiled)} kernels for {name}, cold: {time.monotonic() - started:.0f} s")
+        print(f"\n{len(compiled)} kernels for {target.name}, cold: {time.monotonic() - started:.0f} s")
     reports = [report(kernel) for kernel in compiled]
     assert [(item.kernel, item.failures) for item in reports if item.failures] == []
-    products = "wgmma" if name == "sm_90" else "mma"
     for kernel in ("decode", "prefill", "grouped_gate_up"):
         used = [item.instructions for item in reports if item.kernel.split("/")[1].startswith(kernel)]
         assert used
-        assert all(products in kinds for kinds in used)
+        assert all("wgmma" in kinds for kinds in used)
     assert not any("atomic" in item.instructions for item in reports)
     assert all(kernel.facts.launch.scratch_bytes == 0 for kernel in compiled)
 
@@ -86,7 +85,7 @@ TIGHTEST = (
 
 
 @pytest.mark.usefixtures("cached")
-@pytest.mark.parametrize(("name", "product"), [("sm_100", "tcgen05"), ("sm_120", "mma")])
+@pytest.mark.parametrize(("name", "product"), [("sm_121", "mma"), ("sm_100", "tcgen05"), ("sm_120", "mma")])
 def test_the_tightest_compile_for_other_gpus(name: str, product: str) -> None:
     target = TARGETS[name]
     variants = [

@@ -117,7 +117,7 @@ class Case:
                 a, c = torch.nn.functional.silu(g).clamp(max=limit), u.clamp(-limit, limit)
                 off_g, off_u = (1e-6 * (m.abs() @ token.abs()) for m in (gate, up))
                 # silu's slope is at most 1.1; a clamp cannot make a difference larger
-                off = 1.1 * off_g * c.abs() + off_u * a.abs() + (2**-9 + 1e-5) * (a * c).abs()
+                off = 1.1 * off_g * c.abs() + off_u * a.abs() + (2**-8 + 1e-5) * (a * c).abs()
                 y[t] += weight.abs() * (down.abs() @ (off + 1e-6 * (a * c).abs()))
         return 1.01 * y + 1e-6 * self.defined().abs() + 1e-37
 

@@ -34,7 +34,7 @@ print(json.dumps({s.name: s.output_error for s in found.stages}))
 
 
 def test_the_weights_of_a_layer_need_not_fit(tmp_path: Path) -> None:
-    """Three quarters of its bytes may be mapped beyond the libraries."""
+    """Nine tenths of its bytes may be mapped beyond the libraries; three quarters of those are used."""
     raw = two_layers(
         hidden_size=1024,
         intermediate_size=512,
@@ -55,7 +55,7 @@ def test_the_weights_of_a_layer_need_not_fit(tmp_path: Path) -> None:
     write_slice(tmp_path / "checkpoint", raw, most=50_000_000)
     layer = sum(file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors"))
     assert layer > 200e6  # nearly all of it the second layer's experts
-    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "work"), str(layer * 3 // 4)]
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "work"), str(layer * 9 // 10)]
     # Each arena of the allocator reserves 64 MiB of addresses; how many there are is a matter of luck.
     alone = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

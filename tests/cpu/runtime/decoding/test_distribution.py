@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from step35_trt.runtime.decoding import drafting, sampling
-from step35_trt.runtime.decoding import generate as generate_module
+from step35_trt.runtime.decoding import drafting, rounds, sampling
 from step35_trt.runtime.decoding.generate import generate
 from step35_trt.runtime.decoding.generation_stats import GenerationStats
 from step35_trt.runtime.decoding.sampling import SamplingParams, probabilities
@@ -87,5 +86,5 @@ def test_sampled_output_has_the_exact_distribution_whatever_is_drafted(
 def test_a_wrong_verifier_shows_in_the_distribution(
     wrong: Any, draft_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate_module, "verify", wrong)
+    monkeypatch.setattr(rounds, "verify", wrong)
     assert p_value(draft_tokens, VARIANTS["temperature"], 10_000)[0] < 1e-4
