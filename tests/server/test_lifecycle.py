@@ -90,7 +90,7 @@ def test_a_full_engine_leaves_the_queue_to_triton(bundle: Path, tmp_path: Path) 
                 ended.append(f"{name}: {error.message()}")
 
         with ThreadPoolExecutor(8) as pool:
-            # The first finds no room, and the second may have left Triton's queue as well before the others come.
+            # The first finds no room, and the second may have left Triton's queue as well before others come.
             pool.submit(ask, "taken")
             time.sleep(0.3)
             pool.submit(ask, "second", priority=3)
