@@ -123,7 +123,8 @@ class OnnxSequence:
         self.held.close()
 
     def __del__(self) -> None:
-        self.close()
+        if "held" in vars(self):  # not where loading the graph failed
+            self.close()
 
 
 def _own(call: Call, session: OnnxSession) -> OnnxSequence:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import TYPE_CHECKING
 
 from step35_trt.bundle import Bundle
 from step35_trt.errors import UsageError
+from step35_trt.journal import plain_os_errors
 from step35_trt.triton_repo.config_text import engine_config, tokens_config
 from step35_trt.triton_repo.limits import ServingLimits
 from step35_trt.triton_repo.model import BUNDLE
@@ -39,23 +41,29 @@ def write_repository(bundle: Path, out: Path, sequences: int | None = None) -> b
         Whether anything was written: a repository that is there already is left alone.
 
     Raises:
-        UsageError: the directory holds something else, or `sequences` is off.
+        UsageError: the directory holds something else or cannot be written, or `sequences` is off.
+        DoesNotFitError: there is no room; nothing is left behind.
         CorruptInputError: the bundle is damaged.
     """
     if sequences is not None and sequences < 1:
         raise UsageError(f"a server runs at least one sequence, not {sequences}")
     files = _files(Bundle.open(bundle), sequences)
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if all(_reads(out / name) == content for name, content in files.items()):
             return False
         raise UsageError(f"{out} is there already and holds something else", "Choose another directory.")
     stage = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    for name, content in files.items():
-        path = stage / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    (stage / TOKENS / "1").mkdir()  # an ensemble has no files, but Triton wants a version
-    os.replace(stage, out)
+    with plain_os_errors(stage):
+        try:
+            for name, content in files.items():
+                path = stage / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content, encoding="utf-8")
+            (stage / TOKENS / "1").mkdir()  # an ensemble has no files, but Triton wants a version
+            os.replace(stage, out)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
     return True
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 
 from step35_trt.build import build
 from step35_trt.engine import EngineSpec
-from step35_trt.errors import UnsupportedError, UsageError
+from step35_trt.errors import DoesNotFitError, UnsupportedError, UsageError
 from step35_trt.resources import NANO
 from step35_trt.triton_repo import launch
 from step35_trt.triton_repo.launch import Ports, Server, command, find_server
@@ -50,6 +52,22 @@ def test_a_repository_is_never_overwritten(bundle: Path, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="sequence"):
         write_repository(bundle, tmp_path / "other", sequences=0)
     assert not (tmp_path / "other").exists()
+
+
+def test_an_empty_directory_is_filled_and_a_failure_leaves_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "repository"
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(DoesNotFitError, match="no room left"):
+            write_repository(bundle, out)
+    assert list(tmp_path.iterdir()) == [out]
+    assert write_repository(bundle, out)
 
 
 def test_triton_reads_the_configuration(bundle: Path, tmp_path: Path) -> None:
