@@ -308,18 +308,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize("name", ["cpu-fp32", "cpu-int4"])
 def test_routing_is_sparse(many: dict[int, Path], tmp_path: Path, name: str) -> None:
     """From 16 to 288 experts the bytes a token reads stay, and the time does not follow the experts."""
-    seconds, dense, chosen = {}, {}, {}
+    seconds, dense, chosen, sequences = {}, {}, {}, {}
     for count, directory in many.items():
         session = engine(directory, tmp_path / f"{count}", name)
         segment = session.program.decoder[0]  # type: ignore[attr-defined]
         dense[count], chosen[count] = segment.dense_bytes, segment.top_k * segment.expert_bytes
-        sequence = session.open()
-        times = []
-        for token in range(40):
+        sequences[count], seconds[count] = session.open(), np.inf
+    for token in range(60):  # in turns and at best: other tests run beside this one
+        for count, sequence in sequences.items():
             started = time.perf_counter()
             sequence.decode(np.array([token % 97]), np.array([0]))
-            times.append(time.perf_counter() - started)
-        seconds[count] = float(np.median(times))
+            seconds[count] = min(seconds[count], time.perf_counter() - started)
     assert chosen[16] == chosen[288]
     assert dense[288] - dense[16] == 2 * 272 * (256 + 1) * 4  # the router's rows and biases of two layers
     assert seconds[288] < 4 * seconds[16]  # 18 times the experts

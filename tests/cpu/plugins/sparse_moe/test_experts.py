@@ -49,7 +49,7 @@ def test_more_tokens_than_a_tile_and_narrow_tiles(kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_bound_is_tight_and_both_limits_are_reached(kind):
     case = Case.of(2, Geometry(5, 2, 128, 128, 3.0, kind), 4, limit=0.4, size=0.3)
-    assert case.bound().max() < 0.02 * case.defined().abs().max()
+    assert case.bound().max() < 0.03 * case.defined().abs().max()
     loose = Case.of(2, case.geometry, 4, limit=0.0, size=0.3)
     assert (loose.defined() - case.defined()).abs().max() > 10 * case.bound().max()
 
