@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.bandwidth import Reader
+from step35_trt.bundle import forget, sync
 from step35_trt.checkpoint import expected_tensors
 from step35_trt.config import Step35Config
 
@@ -235,9 +236,8 @@ def _from_disk(path: Path) -> None:
     Pages of a file that was written while memory was short lie apart from each other, and reading those takes
     up to a tenth longer, whoever reads.
     """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    sync(path)
+    forget(path)
 
 
 def _peer(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.cpu_slice import BLOCK, peak_rss
-from step35_trt.bundle import KERNELS, SEGMENTS, WEIGHTS, Bundle
+from step35_trt.bundle import KERNELS, SEGMENTS, WEIGHTS, Bundle, forget
 from step35_trt.checkpoint import expected_tensors
 from step35_trt.config import Step35Config
 from step35_trt.digests import unlike
@@ -187,9 +187,7 @@ def _read(directory: Path) -> None:
 def _forget(directory: Path) -> None:
     """Drop the files from the page cache; what is not synced stays."""
     for path in _files(directory):
-        handle = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
+        forget(path)
 
 
 def _seconds(work: Any) -> float:

@@ -209,6 +209,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that its next reader takes it from the disk; needs it synced."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
 def check_versions(manifest: Manifest) -> None:
     """Compare the packages here with those that a bundle was built with and cannot do without.
 

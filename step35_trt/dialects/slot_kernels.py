@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from step35_trt.dialects import device_values
+from step35_trt.dialects.torch_kernels import frequencies
 from step35_trt.kernels import plugin, tactics
-from step35_trt.rotary import inverse_frequencies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +127,7 @@ class SlotKernels:
         module, page = plugin.load("gated_attention", "geometry"), self.caches.extent.page
         geometry = module.Geometry.of(layer, eps, self.queries, page)
         cache = self.caches.cache(layer.index, self._line(layer.index))
-        turns = _frequencies(layer, q.device)
+        turns = frequencies(layer, q.device)
         return self.launches.attention(q, k, v, gate, q_gamma, k_gamma, turns, cache, self._batch, geometry)
 
     def _line(self, layer: int) -> Tensor:
@@ -153,8 +150,3 @@ class SlotKernels:
     ) -> Tensor:
         """See `Kernels`."""
         return self.launches.experts(x, selection, weights, experts, top_k, scale, limit)
-
-
-@functools.lru_cache(maxsize=256)
-def _frequencies(layer: LayerSpec, device: torch.device) -> Tensor:
-    return torch.from_numpy(inverse_frequencies(layer)).to(device)

@@ -97,7 +97,7 @@ class TritonKernels:
             gate,
             q_gamma,
             k_gamma,
-            _frequencies(layer, q.device),
+            frequencies(layer, q.device),
             pool.cache(sequences),
             _described(batch.lengths, batch.pasts, q.device),
             module.Geometry.of(layer, eps, QUERIES),
@@ -167,5 +167,6 @@ def _described(lengths: tuple[int, ...], pasts: tuple[int, ...], device: torch.d
 
 
 @functools.lru_cache(maxsize=256)
-def _frequencies(layer: LayerSpec, device: torch.device) -> Tensor:
+def frequencies(layer: LayerSpec, device: torch.device) -> Tensor:
+    """A layer's inverse frequencies, fp32, on a device; made once."""
     return torch.from_numpy(inverse_frequencies(layer)).to(device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from step35_trt.kernels.tactics import Tactic
     from step35_trt.kernels.workloads import Bound, Scale
 
-QUERIES = 4
+QUERIES: int = plugin.load("gated_attention", "geometry").QUERIES
 KV = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 # bf16 keeps 8 bits of q, of the result and of the softmax's weights; e4m3 codes are read by both sides.
 TOLERANCE = 2e-2

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
     from step35_trt.config import LayerSpec
 
-ROUND = 8  # tokens that a round adds to a sequence in one graph at most: twice those of a decoding step
-
 
 def page_rows() -> int:
     """Rows of a page that GPU kernels are compiled for."""
     rows: int = plugin.load("gated_attention", "geometry").PAGE
     return rows
+
+
+def round_tokens() -> int:
+    """Tokens that a round adds to a sequence in one graph at most: those of two decoding steps."""
+    queries: int = plugin.load("gated_attention", "geometry").QUERIES
+    return 2 * queries
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Extent:
         if not window:
             return longest if self.cached is None else pages_for(self.cached, self.page)
         # n consecutive rows lie in (n - 2) // page + 2 pages at most; here summed over all slots.
-        held = self.slots * (_kept(window) - 2) + max(self.call, self.slots * ROUND)
+        held = self.slots * (_kept(window) - 2) + max(self.call, self.slots * round_tokens())
         return min(2 * self.slots + held // self.page, longest) + idle_pages(window, self.page)
 
     def width(self, window: int) -> int:
