@@ -62,7 +62,7 @@ class Rounds:
             order = StepOrder(graph, (sequence.slot,), (rows.length,), (len(part),), part, _NONE)
             growth = Growth(sequence.slot, rows, len(part))
             self.session.lead(order, [growth], lambda told: runner.kernels.caches.move(told.moves))
-            rows.append(part)
+            rows.append(part.tolist())
             self.session.settled(sequence.rows, rows)
 
     def at_once(self, drafts: int) -> None:
@@ -70,7 +70,7 @@ class Rounds:
         rounds = self.session.rounds
         assert rounds is not None
         rows = self.sequences[0].length
-        known = self.ids[: rows + 1]
+        known = self.ids[: rows + 1].tolist()
         rounds.round([RoundCall(sequence, known, drafts, drafts) for sequence in self.sequences])
         self._take_back(rows, drafts)
 

@@ -13,6 +13,7 @@ from step35_trt.cpu_library import compile_library
 from step35_trt.dialects.onnx import Spelling, decoder_graph, mtp_graph
 from step35_trt.dialects.onnx_cpu import CpuSpelling
 from step35_trt.dialects.onnx_ort import OrtSpelling
+from step35_trt.dialects.onnx_round import round_graph
 from step35_trt.program import Program, Segment
 from step35_trt.weight_store import WeightStore
 
@@ -31,16 +32,20 @@ def cpu_contents(source: Checkpoint, recipe: Recipe) -> Contents:
     spelling = CpuSpelling(OrtSpelling(int8_activations=recipe.activations == "int8"))
     store = WeightStore(source, recipe, spelling.layout)
     graphs = _graphs(source.config, store, spelling)
+    rounds = {
+        f"round-{depth}.onnx": round_graph(source.config, store, spelling, depth)
+        for depth in range(1, 1 + source.config.num_nextn_predict_layers)
+    }
     library = f"{KERNELS}/step35-cpu-{platform.machine()}.so"
     # A missing compiler is better said before the long part.
-    steps = [_library_step(library), *_model_steps(source.config, store, graphs, library)]
+    steps = [_library_step(library), *_model_steps(source.config, store, graphs, library, rounds)]
     return Contents(tuple(steps), _notes(source.config, graphs, store))
 
 
 def exported_steps(source: Checkpoint, recipe: Recipe, spelling: Spelling) -> list[BuildStep]:
     """The graphs of a spelling and what they need, without operators of our own."""
     store = WeightStore(source, recipe, spelling.layout)
-    return _model_steps(source.config, store, _graphs(source.config, store, spelling), None)
+    return _model_steps(source.config, store, _graphs(source.config, store, spelling), None, {})
 
 
 def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dict[str, GraphWriter]:
@@ -51,16 +56,22 @@ def _graphs(config: Step35Config, store: WeightStore, spelling: Spelling) -> dic
 
 
 def _model_steps(
-    config: Step35Config, store: WeightStore, graphs: dict[str, GraphWriter], library: str | None
+    config: Step35Config,
+    store: WeightStore,
+    graphs: dict[str, GraphWriter],
+    library: str | None,
+    rounds: dict[str, GraphWriter],
 ) -> list[BuildStep]:
     """Weights, graphs and the program over them."""
-    program = _program(config, graphs, library).model_dump_json(indent=1).encode()
+    program = _program(config, graphs, library, tuple(rounds)).model_dump_json(indent=1).encode()
     weights = [weights_step(file) for file in store.files.values()]
-    written = [_graph_step(name, graph) for name, graph in graphs.items()]
+    written = [_graph_step(name, graph) for name, graph in (graphs | rounds).items()]
     return [*weights, *written, bytes_step(PROGRAM, program)]
 
 
-def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str | None) -> Program:
+def _program(
+    config: Step35Config, graphs: dict[str, GraphWriter], library: str | None, rounds: tuple[str, ...]
+) -> Program:
     segments = [
         Segment(
             file=name,
@@ -72,7 +83,8 @@ def _program(config: Step35Config, graphs: dict[str, GraphWriter], library: str 
         )
         for name, graph in graphs.items()
     ]
-    return Program(decoder=(segments[0],), mtp=tuple((segment,) for segment in segments[1:]))
+    modules = tuple((segment,) for segment in segments[1:])
+    return Program(decoder=(segments[0],), mtp=modules, rounds=rounds)
 
 
 def _notes(config: Step35Config, graphs: dict[str, GraphWriter], store: WeightStore) -> tuple[str, ...]:

@@ -83,11 +83,18 @@ class Segment(BaseModel):
 
 
 class Program(BaseModel):
-    """`program.json`: the decoder and, in order, the MTP modules."""
+    """`program.json`: the decoder and, in order, the MTP modules.
+
+    Attributes:
+        decoder: The main stack.
+        mtp: The MTP modules, in order.
+        rounds: Files of graphs of these segments together, which draft 1, 2, ... tokens and verify them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     decoder: tuple[Segment, ...]
     mtp: tuple[tuple[Segment, ...], ...]
+    rounds: tuple[str, ...] = ()
 
 
 class TokenRange(BaseModel):

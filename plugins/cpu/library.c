@@ -3,7 +3,7 @@
 
 #include "ort_api.h"
 
-extern const ort_op gated_attention_op, int4_linear_op, int4_gated_linear_op, int4_experts_op, chain_op;
+extern const ort_op gated_attention_op, int4_linear_op, int4_gated_linear_op, int4_experts_op, chain_op, greedy_op;
 
 __attribute__((visibility("default"))) ort_status *RegisterCustomOps(ort_session_options *options,
                                                                      const ort_api_base *base) {
@@ -13,7 +13,7 @@ __attribute__((visibility("default"))) ort_status *RegisterCustomOps(ort_session
   ort_domain *domain = atomic_load(&shared);
   if (!domain) {
     static const ort_op *const ops[] = {&gated_attention_op, &int4_linear_op, &int4_gated_linear_op,
-                                         &int4_experts_op, &chain_op};
+                                         &int4_experts_op, &chain_op, &greedy_op};
     ort_status *status = ort_create_domain(api)("step35", &domain);
     for (size_t i = 0; i < sizeof ops / sizeof *ops && !status; i++) status = ort_domain_add(api)(domain, ops[i]);
     if (status) return status;

@@ -33,10 +33,17 @@ Reads = Literal["all", "experts", "rows"]
 
 @dataclass
 class GraphWriter:
-    """A graph being written: nodes, initializers that point into the weight files, inputs, caches."""
+    """A graph being written: nodes, initializers that point into the weight files, inputs, caches.
+
+    Attributes:
+        store: Where weights are.
+        passes: What is done to the finished graph.
+        scope: What the names and sizes of inputs and outputs begin with, while several parts are written.
+    """
 
     store: WeightStore
     passes: Sequence[ir.passes.InPlacePass] = ()
+    scope: str = ""
     tape: tape.Tape = field(default_factory=tape.Tape)
     inputs: dict[str, ir.Value] = field(default_factory=dict)
     outputs: dict[str, ir.Value] = field(default_factory=dict)
@@ -64,9 +71,10 @@ class GraphWriter:
         return value
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        """A graph input, declared where it is first asked for."""
+        """A graph input of the scope, declared where it is first asked for."""
+        name = self.scope + name
         if name not in self.inputs:
-            self.inputs[name] = ir.val(name, dtype, shape)
+            self.inputs[name] = ir.val(name, dtype, self._scoped(shape))
         return self.inputs[name]
 
     def constant(self, values: NDArray[np.generic] | int | float | list[int]) -> ir.Value:
@@ -114,23 +122,35 @@ class GraphWriter:
     def cache(self, spec: CacheSpec) -> tuple[ir.Value, ir.Value]:
         """Declare a layer's cache inputs: keys and values."""
         self.caches.append(spec)
-        shape = _cache_shape(spec)
-        return (
-            self.input(f"past_key.{spec.layer}", ir.DataType.FLOAT, shape),
-            self.input(f"past_value.{spec.layer}", ir.DataType.FLOAT, shape),
+        keys, values = (
+            ir.val(f"past_{name}.{spec.layer}", ir.DataType.FLOAT, _cache_shape(spec))
+            for name in ("key", "value")
         )
+        self.inputs |= {value.name: value for value in (keys, values) if value.name is not None}
+        return keys, values
 
     def cached(self, spec: CacheSpec, keys: ir.Value, values: ir.Value) -> None:
         """Declare a layer's cache outputs."""
-        shape = _cache_shape(spec)
         for name, value in ((f"key.{spec.layer}", keys), (f"value.{spec.layer}", values)):
-            self.output(name, value, shape)
+            self._declare(name, value, ir.DataType.FLOAT, _cache_shape(spec))
 
-    def output(self, name: str, value: ir.Value, shape: Sequence[int | str]) -> None:
-        """Declare an fp32 graph output."""
+    def output(
+        self,
+        name: str,
+        value: ir.Value,
+        shape: Sequence[int | str],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ) -> None:
+        """Declare a graph output of the scope."""
+        self._declare(self.scope + name, value, dtype, self._scoped(shape))
+
+    def _declare(self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         value.name = name
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         self.outputs[name] = value
+
+    def _scoped(self, shape: Sequence[int | str]) -> list[int | str]:
+        return [self.scope + size if isinstance(size, str) else size for size in shape]
 
     def past_length(self) -> ir.Value:
         """Rows before this call, of a graph over one sequence: int64 `[1]`."""

@@ -12,24 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from step35_trt.errors import CorruptInputError, DoesNotFitError, UnsupportedError
-from step35_trt.runtime.cache.kv_pages import (
-    NONE,
-    PAGE_ROWS,
-    PagePool,
-    PageTable,
-    idle_pages,
-    pages_for,
-    reserve,
-)
-from step35_trt.runtime.cache.kv_rows import CachedRows
+from step35_trt.errors import CorruptInputError, UnsupportedError
+from step35_trt.runtime.cache.kv_pages import NONE, pages_for, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
     from step35_trt.config import Step35Config
-    from step35_trt.program import CacheSpec
+    from step35_trt.runtime.cache.graph_caches import GraphCaches
+    from step35_trt.runtime.cache.kv_rows import CachedRows
     from step35_trt.runtime.packing import Packed
     from step35_trt.runtime.session import Floats, Step
 
@@ -92,54 +84,18 @@ class _Call:
 
 
 class CachedGraph:
-    """A graph and the pages of all sequences that run on it.
+    """A graph and the caches of all sequences that run on it.
 
     Args:
         graph: The loaded graph.
-        specs: Its caches.
-        ahead: Tokens that its rows look ahead (see `CachedRows`).
-        rows: The most that all sequences may have together, a whole number of pages.
+        caches: Its caches.
         config: The model.
-
-    Raises:
-        DoesNotFitError: so many rows do not fit into the address space.
     """
 
-    def __init__(
-        self,
-        graph: ort.InferenceSession,
-        specs: SequenceOf[CacheSpec],
-        ahead: int,
-        rows: int,
-        config: Step35Config,
-    ) -> None:
-        self._graph, self._config, self._ahead = graph, config, ahead
-        self._windows = {spec.table: spec.window for spec in specs}
-        every = pages_for(rows)
-        self.pools = {
-            table: PagePool(every, idle_pages(window) if window else every)
-            for table, window in self._windows.items()
-        }
-        try:
-            # Memory is not taken before a page is first written.
-            self._pages = {
-                f"{name}.{spec.layer}": np.empty(
-                    (pages_for(rows), spec.kv_heads, PAGE_ROWS, spec.head_dim), np.float32
-                )
-                for spec in specs
-                for name in ("key", "value")
-            }
-        except MemoryError:
-            raise DoesNotFitError(
-                f"caches of {rows} rows do not fit", "Build with fewer cache_tokens."
-            ) from None
+    def __init__(self, graph: ort.InferenceSession, caches: GraphCaches, config: Step35Config) -> None:
+        self._graph, self._caches, self._config = graph, caches, config
         self._kept: OrderedDict[tuple[int, ...], _Call] = OrderedDict()
         self._results = _Results.empty(MOST_KEPT, MOST_KEPT, config)
-
-    def rows(self) -> CachedRows:
-        """Those of a new sequence: none."""
-        tables = (PageTable(table, self.pools[table], window) for table, window in self._windows.items())
-        return CachedRows(tuple(tables), self._ahead)
 
     def run(self, held: SequenceOf[CachedRows], packed: Packed) -> list[Step]:
         """Append each call's tokens to its sequence.
@@ -186,14 +142,17 @@ class CachedGraph:
             "rows": np.zeros(rows, np.int64),
             "starts": np.zeros(sequences + 1, np.int64),
             "pasts": np.zeros(sequences, np.int64),
-            **{f"pages.{table}": np.full((sequences, width), NONE, np.int64) for table in self._windows},
+            **{
+                f"pages.{table}": np.full((sequences, width), NONE, np.int64)
+                for table in self._caches.windows
+            },
         }
         if carries:
             inputs["carried"] = np.zeros((tokens, self._config.hidden_size), np.float32)
         call = _Call(self._graph.io_binding(), inputs)
         for name, array in inputs.items():
             call.binding.bind_cpu_input(name, array)
-        for name, array in self._pages.items():
+        for name, array in self._caches.pages.items():
             call.binding.bind_cpu_input(f"past_{name}", array)
             _bind_output(call.binding, name, array)
         return call

@@ -13,7 +13,7 @@ from step35_trt.runtime.session import Capacity, Step
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from step35_trt.runtime.session import Call, Floats, Ids
+    from step35_trt.runtime.session import Call, Floats, Ids, Sequence
 
 # Of a session whose caches grow as long as there is memory.
 UNBOUNDED = Capacity(sequences=1 << 30, rows=1 << 40, page_rows=1)
@@ -69,7 +69,16 @@ def check_context(calls: SequenceOf[Call], lengths: SequenceOf[int], max_tokens:
     Raises:
         DoesNotFitError: one would.
     """
-    assert len({id(call.sequence) for call in calls}) == len(calls), "a sequence comes at most once"
-    for call, length in zip(calls, lengths, strict=True):
-        if length + len(call.token_ids) > max_tokens:
-            raise DoesNotFitError(f"the context limit of {max_tokens} tokens would be passed")
+    after = [length + len(call.token_ids) for call, length in zip(calls, lengths, strict=True)]
+    check_lengths([call.sequence for call in calls], after, max_tokens)
+
+
+def check_lengths(sequences: SequenceOf[Sequence], after: SequenceOf[int], max_tokens: int) -> None:
+    """See that no sequence passes the context with the rows that it is to have.
+
+    Raises:
+        DoesNotFitError: one would.
+    """
+    assert len(set(map(id, sequences))) == len(sequences), "a sequence comes at most once"
+    if max(after, default=0) > max_tokens:
+        raise DoesNotFitError(f"the context limit of {max_tokens} tokens would be passed")

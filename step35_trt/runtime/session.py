@@ -61,7 +61,7 @@ class RoundCall:
     """
 
     sequence: Sequence
-    token_ids: Ids
+    token_ids: SequenceOf[int]
     depth: int
     modules: int
 
@@ -76,8 +76,8 @@ class RoundResult:
         choices: `[depth + 1]`, what the decoder says after the newest token and after each draft; likewise.
     """
 
-    drafts: Ids
-    choices: Ids
+    drafts: SequenceOf[int]
+    choices: SequenceOf[int]
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from step35_trt.runtime.cache.graph_caches import GraphCaches
+from step35_trt.runtime.cache.hidden_rows import HiddenRows
 from step35_trt.runtime.cache.kv_pages import PAGE_ROWS, pages_for
 from step35_trt.runtime.cache.kv_sequence import SequenceRows
 from step35_trt.runtime.graph_onnx import CachedGraph, inference_session
 from step35_trt.runtime.packing import Packed, check_context
 from step35_trt.runtime.programs.orders import DECODER
+from step35_trt.runtime.round_graph_onnx import RoundGraph
+from step35_trt.runtime.rounds_onnx import QUERIES, OnnxRounds
 from step35_trt.runtime.session import Call, Capacity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
+    from onnxruntime import InferenceSession
+
     from step35_trt.config import Step35Config
-    from step35_trt.program import Program
-    from step35_trt.runtime.session import Floats, Ids, Step
+    from step35_trt.program import Program, Segment
+    from step35_trt.runtime.session import Floats, Ids, Sequence, Step
+
+# Hidden rows that are kept: before a round no module is further behind than twice QUERIES, and what refused
+# drafts have written after the round before is less than that.
+HELD = 4 * QUERIES
 
 
 @dataclass(frozen=True)
@@ -40,24 +50,50 @@ class OnnxSession:
     max_tokens: int
     cache_tokens: int
     prefill_chunk: int
-    _loaded: dict[int, CachedGraph] = field(default_factory=dict)
+    _caches: dict[int, GraphCaches] = field(default_factory=dict, repr=False)
+    _graphs: dict[int, CachedGraph] = field(default_factory=dict, repr=False)
+    _round_graphs: dict[int, RoundGraph] = field(default_factory=dict, repr=False)
+
+    def caches(self, number: int) -> GraphCaches:
+        """The `DECODER`'s, or of k + 1 those of MTP module k."""
+        if number not in self._caches:
+            rows = pages_for(self.cache_tokens) * PAGE_ROWS
+            self._caches[number] = GraphCaches.of(self._segment(number).caches, number, rows)
+        return self._caches[number]
 
     def graph(self, number: int) -> CachedGraph:
         """The `DECODER`'s, or k + 1 for MTP module k."""
-        if number not in self._loaded:
-            segment = (self.program.mtp[number - 1] if number else self.program.decoder)[0]
-            library = self.directory / segment.library if segment.library else None
-            graph = inference_session(self.directory / segment.file, library)
-            rows = pages_for(self.cache_tokens) * PAGE_ROWS
-            self._loaded[number] = CachedGraph(graph, segment.caches, number, rows, self.config)
-        return self._loaded[number]
+        if number not in self._graphs:
+            graph = self._load(self._segment(number).file)
+            self._graphs[number] = CachedGraph(graph, self.caches(number), self.config)
+        return self._graphs[number]
+
+    def round_graph(self, depth: int) -> RoundGraph:
+        """The one that drafts so many tokens, at least one, and verifies them."""
+        if depth not in self._round_graphs:
+            caches = [self.caches(graph) for graph in (*range(1, 1 + depth), DECODER)]
+            graph = self._load(self.program.rounds[depth - 1])
+            self._round_graphs[depth] = RoundGraph(graph, caches, self.config.hidden_size)
+        return self._round_graphs[depth]
+
+    def _segment(self, number: int) -> Segment:
+        return (self.program.mtp[number - 1] if number else self.program.decoder)[0]
+
+    def _load(self, file: str) -> InferenceSession:
+        library = self._segment(DECODER).library
+        return inference_session(self.directory / file, self.directory / library if library else None)
 
     @property
     def capacity(self) -> Capacity:
         """See `Session`."""
-        self.graph(DECODER)
-        pages = min(pool.free for graph in self._loaded.values() for pool in graph.pools.values())
+        self.caches(DECODER)
+        pages = min(pool.free for caches in self._caches.values() for pool in caches.pools.values())
         return Capacity(sequences=pages, rows=pages * PAGE_ROWS, page_rows=PAGE_ROWS)
+
+    @property
+    def rounds(self) -> OnnxRounds | None:
+        """See `OffersRounds`; bundles of earlier builds have none."""
+        return OnnxRounds(self) if self.program.rounds else None
 
     def open(self, prompt_ids: Ids | None = None, modules: int | None = None) -> OnnxSequence:
         """See `Session`."""
@@ -76,14 +112,19 @@ class OnnxSession:
         return self._run(1 + module, calls)
 
     def _run(self, graph: int, calls: SequenceOf[Call]) -> list[Step]:
-        sequences = [_own(call, self) for call in calls]
+        sequences = [self.own(call.sequence) for call in calls]
         held = [sequence.held.of(graph) for sequence in sequences]
         check_context(calls, [rows.length for rows in held], self.max_tokens)
         steps = self.graph(graph).run(held, Packed.of(calls))
-        for sequence, rows, call in zip(sequences, held, calls, strict=True):
-            rows.append(call.token_ids)
-            sequence.held.settled(rows)
+        for sequence, call, step in zip(sequences, calls, steps, strict=True):
+            sequence.ran(graph, call.token_ids.tolist(), step.hidden)
         return steps
+
+    def own(self, sequence: Sequence) -> OnnxSequence:
+        """A sequence of this session as what it is."""
+        assert isinstance(sequence, OnnxSequence)
+        assert sequence.session is self
+        return sequence
 
 
 class OnnxSequence:
@@ -91,7 +132,25 @@ class OnnxSequence:
 
     def __init__(self, session: OnnxSession) -> None:
         self.session = session
-        self.held = SequenceRows(lambda graph: session.graph(graph).rows())
+        self.held = SequenceRows(lambda graph: session.caches(graph).rows())
+        self._hidden: dict[int, HiddenRows] = {}
+
+    def hidden(self, graph: int) -> HiddenRows:
+        """The last rows that a graph has put out, for the module that continues from them."""
+        return self._hidden[graph]
+
+    def ran(self, graph: int, token_ids: SequenceOf[int], hidden: Floats) -> None:
+        """Count the rows of a call, and keep what it put out `[T, D]`."""
+        rows = self.held.of(graph)
+        if graph < len(self.session.program.rounds):
+            kept = self._hidden.get(graph)
+            if kept is None or not kept.first <= rows.length <= kept.end:
+                kept = self._hidden[graph] = HiddenRows(rows.length)
+            kept.cut(rows.length)
+            kept.append(hidden)
+            kept.drop(kept.end - HELD)
+        rows.append(token_ids)
+        self.held.settled(rows)
 
     @property
     def length(self) -> int:
@@ -125,9 +184,3 @@ class OnnxSequence:
     def __del__(self) -> None:
         if "held" in vars(self):  # not where loading the graph failed
             self.close()
-
-
-def _own(call: Call, session: OnnxSession) -> OnnxSequence:
-    assert isinstance(call.sequence, OnnxSequence)
-    assert call.sequence.session is session
-    return call.sequence

@@ -169,7 +169,7 @@ class ProgramSession:
         order = StepOrder(graph, slots, pasts, packed.lengths, packed.token_ids, packed.rows)
         out = self.lead(order, growths, partial(self._step, packed.hidden))
         for call, growth in zip(calls, growths, strict=True):
-            growth.rows.append(call.token_ids)
+            growth.rows.append(call.token_ids.tolist())
             self.settled(_own(call).rows, growth.rows)
         return packed.split(*(value.to("cpu", torch.float32, copy=True).numpy() for value in out))
 

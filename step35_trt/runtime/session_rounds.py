@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from step35_trt.runtime.cache.page_account import Growth
-from step35_trt.runtime.packing import check_context
+from step35_trt.runtime.packing import check_lengths
 from step35_trt.runtime.programs.leading import lead
 from step35_trt.runtime.programs.round_order import RoundOrder
 from step35_trt.runtime.programs.round_plan import parts
-from step35_trt.runtime.session import Call, RoundResult
+from step35_trt.runtime.session import RoundResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -48,17 +48,13 @@ class SessionRounds:
         """See `Rounds`."""
         sequences = [_own(call) for call in calls]
         plans = [parts(call, self.runner.queries) for call in calls]
-        verified = [
-            Call(call.sequence, plan[-1].token_ids, plan[-1].rows)
-            for call, plan in zip(calls, plans, strict=True)
-        ]
-        check_context(verified, [sequence.length for sequence in sequences], self.session.max_tokens)
+        check_lengths(sequences, [plan[-1].end for plan in plans], self.session.max_tokens)
         pairs = [*zip(sequences, plans, strict=True)]
         order = RoundOrder.of([(sequence.slot, part) for sequence, plan in pairs for part in plan])
         growths = [growth for sequence, plan in pairs for growth in _growths(sequence, plan)]
         drafts, choices = self.session.lead(order, growths, self._run)
         results = [
-            RoundResult(drafts[s.slot, : call.depth].copy(), choices[s.slot, : call.depth + 1].copy())
+            RoundResult(drafts[s.slot, : call.depth].tolist(), choices[s.slot, : call.depth + 1].tolist())
             for call, s in zip(calls, sequences, strict=True)
         ]
         for (sequence, plan), result in zip(pairs, results, strict=True):

@@ -189,6 +189,7 @@ def reserve(after: SequenceOf[tuple[PageTable, int]]) -> None:
     Raises:
         DoesNotFitError: a pool has not enough; nothing has changed.
     """
+    after = [(table, rows) for table, rows in after if table.missing(rows)]
     for pool in {id(table.pool): table.pool for table, _ in after}.values():
         missing = sum(table.missing(rows) for table, rows in after if table.pool is pool)
         if missing > pool.free:

@@ -20,8 +20,6 @@ from step35_trt.runtime.session import MOST_REJECTED
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from step35_trt.runtime.session import Ids
-
 
 @dataclass
 class Prefixes:
@@ -77,10 +75,10 @@ class CachedRows:
         """Rows of a page."""
         return self.tables[0].pool.page_rows if self.tables else PAGE_ROWS
 
-    def append(self, token_ids: Ids) -> None:
+    def append(self, token_ids: Iterable[int]) -> None:
         """Count the rows of a call that has been run. Of a long one only the last few can be taken back."""
         before = self.length
-        self.tokens += token_ids.tolist()
+        self.tokens += token_ids
         self.settled = max(before, self.length - MOST_REJECTED)
 
     def truncate(self, length: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from step35_trt.runtime.session import Call, RoundCall, RoundResult, Step, rounds_of
 
 if TYPE_CHECKING:
-    from step35_trt.runtime.session import Session
+    from step35_trt.runtime.session import Rounds, Session
 
 R = TypeVar("R")
 # What runs in one packed step: an MTP module by number, None for the decoder, or rounds with all they need.
@@ -110,10 +110,9 @@ def round_of(call: RoundCall) -> Calls[RoundResult]:
     return result
 
 
-def run(session: Session, needed: Needed) -> Step | RoundResult:
-    """Run one call by itself."""
+def run(session: Session, rounds: Rounds | None, needed: Needed) -> Step | RoundResult:
+    """Run one call by itself; `rounds` are the session's."""
     if isinstance(needed, WholeRound):
-        rounds = rounds_of(session)
         assert rounds is not None
         return rounds.round([needed.call])[0]
     if needed.module is None:
@@ -123,10 +122,11 @@ def run(session: Session, needed: Needed) -> Step | RoundResult:
 
 def drive(session: Session, calls: Calls[R]) -> Generator[None]:
     """Run a coroutine's calls one after the other; yields after each, and closes the coroutine at the end."""
+    rounds = rounds_of(session)
     try:
         needed = next(calls, None)
         while needed is not None:
-            result = run(session, needed)
+            result = run(session, rounds, needed)
             try:
                 needed = calls.send(result)
             except StopIteration:

@@ -124,9 +124,10 @@ class DepthController:
         """The depth of the most tokens per second, the smallest among equals."""
         chosen, most = 0, 0.0
         tokens, all_right = 1.0, 1.0
+        acceptance = self.acceptance
         for depth, cost in enumerate(self.costs[: limit + 1]):
             if depth:
-                all_right *= self.acceptance[depth - 1]
+                all_right *= acceptance[depth - 1]
                 tokens += all_right
             if tokens / cost > most:
                 chosen, most = depth, tokens / cost

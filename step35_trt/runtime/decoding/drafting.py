@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from step35_trt.runtime.cache.hidden_rows import HiddenRows
 from step35_trt.runtime.decoding.calls import ModelCall, step_of
 from step35_trt.runtime.decoding.sampling import draw, greedy, probabilities
 from step35_trt.runtime.session import Call
@@ -61,7 +62,7 @@ class DraftChain:
         self._chunk = chunk
         self._rows = sequence.length  # decoder rows observed: n
         self._drafted = 0  # modules whose newest rows rest on drafts
-        self._pending = tuple(_HiddenRows(self._rows) for _ in range(modules))
+        self._pending = tuple(HiddenRows(self._rows) for _ in range(modules))
 
     @property
     def pending_rows(self) -> int:
@@ -175,36 +176,3 @@ def take_back(sequence: Sequence, rows: int, depth: int, accepted: int) -> None:
         valid = max(rows + accepted - module, 0)
         if sequence.draft_length(module) > valid:
             sequence.truncate_draft(module, valid)
-
-
-class _HiddenRows:
-    """Rows `first .. end-1` of one producer, `[*, D]` fp32, in a buffer that grows as needed."""
-
-    def __init__(self, first: int) -> None:
-        self.first = self.end = first
-        self._origin = first  # the row that lies at the buffer's start
-        self._buffer: Floats = np.empty((0, 0), dtype=np.float32)
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def append(self, rows: Floats) -> None:
-        end = self.end + len(rows)
-        if end - self._origin > len(self._buffer):
-            grown = np.empty((2 * (end - self.first), rows.shape[1]), dtype=np.float32)
-            if self.end > self.first:
-                grown[: len(self)] = self.read(self.first, self.end)
-            self._buffer, self._origin = grown, self.first
-        self._buffer[self.end - self._origin : end - self._origin] = rows
-        self.end = end
-
-    def read(self, first: int, end: int) -> Floats:
-        return self._buffer[first - self._origin : end - self._origin]
-
-    def drop(self, first: int) -> None:
-        """Forget rows before `first`."""
-        self.first = max(self.first, first)
-
-    def cut(self, end: int) -> None:
-        """Forget rows from `end` on."""
-        self.end = min(self.end, end)

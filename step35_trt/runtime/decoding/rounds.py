@@ -150,11 +150,11 @@ class AtOnce:
         """See `Rounds`."""
         rows = self.sequence.length
         furthest = min((self.sequence.draft_length(k) + k for k in range(self.modules)), default=rows)
-        known = np.array(tokens[min(furthest + 1, rows) :], dtype=np.int64)
+        known = tokens[min(furthest + 1, rows) :]
         result = yield from round_of(RoundCall(self.sequence, known, depth, self.modules))
-        if min(result.drafts.min(initial=0), result.choices.min()) < 0:
+        if min(*result.drafts, *result.choices, 0) < 0:
             raise not_finite()
-        drafts = tuple(result.drafts.tolist())
+        drafts = tuple(result.drafts)
         accepted, token = verify_greedy(drafts, result.choices)
         if accepted < depth:
             self.sequence.truncate(self.sequence.length - (depth - accepted))

@@ -210,7 +210,7 @@ def verify(
     return len(drafts), draw(target_probs[len(drafts)], rng)
 
 
-def verify_greedy(drafts: Sequence[int], targets: Ids) -> tuple[int, int]:
+def verify_greedy(drafts: Sequence[int], targets: Sequence[int] | Ids) -> tuple[int, int]:
     """`verify` where nothing is random: `targets` `[K + 1]` are the decoder's own choices."""
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == targets[accepted]:

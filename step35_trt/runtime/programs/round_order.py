@@ -75,6 +75,6 @@ def _step(pairs: list[tuple[int, Part]]) -> StepOrder:
         slots,
         tuple(part.past for part in parts),
         lengths,
-        np.concatenate([part.token_ids for part in parts]),
-        np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)]),
+        np.array([token for part in parts for token in part.token_ids], np.int64),
+        np.array([s + row for part, s in zip(parts, starts, strict=True) for row in part.rows], np.int64),
     )

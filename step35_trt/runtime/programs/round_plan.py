@@ -13,16 +13,15 @@ was, and a <= Q - 2 then; so once no module is more than 2Q rows behind, none is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from step35_trt.runtime.programs.orders import DECODER
 
 if TYPE_CHECKING:
-    from step35_trt.runtime.session import Ids, RoundCall
+    from collections.abc import Sequence as SequenceOf
 
-_NONE = np.empty(0, np.int64)
+    from step35_trt.runtime.session import RoundCall
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,13 @@ class Part:
 
     graph: int
     past: int
-    token_ids: Ids
-    rows: Ids
+    token_ids: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Rows that the graph has afterwards."""
+        return self.past + len(self.token_ids)
 
     @property
     def place(self) -> int:
@@ -48,42 +52,74 @@ class Part:
             return 0
         return self.graph if len(self.rows) else -self.graph
 
-    def filled(self, drafts: Ids) -> Ids:
+    def filled(self, drafts: SequenceOf[int]) -> tuple[int, ...]:
         """The ids with the round's drafts in their places."""
-        taken = self.token_ids < 0
-        ids = self.token_ids.copy()
-        ids[taken] = drafts[-1 - self.token_ids[taken]]
-        return ids
+        return tuple(drafts[-1 - token] if token < 0 else token for token in self.token_ids)
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """A part as far as it does not depend on which tokens there are; everything is counted from n.
+
+    Attributes:
+        graph: See `Part`.
+        behind: Rows that the graph is behind the decoder before.
+        tokens: `[t]`; t_n is 0, earlier ones are below, and 1 + j is draft j of the round.
+        rows: See `Part`.
+    """
+
+    graph: int
+    behind: int
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft comes of it."""
+        return self.graph != DECODER and len(self.rows) > 0
+
+    def part(self, n: int, token_ids: SequenceOf[int]) -> Part:
+        """With the tokens, of which the last is t_n."""
+        ids = tuple(-token if token > 0 else token_ids[token - 1] for token in self.tokens)
+        return Part(self.graph, n - self.behind, ids, self.rows)
+
+
+def lags_of(call: RoundCall) -> tuple[int, ...]:
+    """Rows that each module is behind the decoder."""
+    n, behind = call.sequence.length, call.sequence.draft_length
+    return tuple(n - behind(module) for module in range(call.modules))
 
 
 def parts(call: RoundCall, queries: int) -> list[Part]:
     """A round's parts of one sequence, in the order in which they run."""
-    sequence, n = call.sequence, call.sequence.length
-    rows = [sequence.draft_length(module) for module in range(call.modules)]
-    assert all(n - length <= 2 * queries for length in rows), "a module is too far behind"
-    assert 0 <= call.depth <= call.modules < queries
+    found = shapes(lags_of(call), call.depth, queries)
+    assert all(len(call.token_ids) > -token for shape in found for token in shape.tokens)
+    return [shape.part(call.sequence.length, call.token_ids) for shape in found]
 
-    def tokens(first: int, end: int) -> Ids:
-        """t_first .. t_{end-1}, drafts where they are not known."""
-        assert n + 1 - first <= len(call.token_ids)
-        known = call.token_ids[first - (n + 1) :] if first <= n else _NONE
-        drafts = np.arange(max(first, n + 1), max(end, n + 1))
-        return np.concatenate([known[: end - first], n - drafts])
 
-    found = []
-    given = n
-    for module in range(call.modules):
-        if n - rows[module] > queries:
-            end = min(rows[module] + queries, given, n - max(module, 1))
-            ids = tokens(rows[module] + 1 + module, end + 1 + module)
-            found.append(Part(1 + module, rows[module], ids, _NONE))
-            rows[module] = end
-        given = rows[module]
-    for module in range(call.depth):
-        count = n - rows[module]
-        assert 0 < count <= queries
-        ids = tokens(rows[module] + 1 + module, n + 1 + module)
-        found.append(Part(1 + module, rows[module], ids, np.array([count - 1])))
-    verified = call.depth + 1
-    found.append(Part(DECODER, n, tokens(n, n + verified), np.arange(verified)))
-    return found
+@lru_cache(maxsize=1024)
+def shapes(lags: tuple[int, ...], depth: int, queries: int) -> tuple[PartShape, ...]:
+    """What a round of a sequence is made of.
+
+    Args:
+        lags: Rows that each module is behind the decoder.
+        depth: Drafts.
+        queries: Q, see the module's text.
+    """
+    assert max(lags, default=0) <= 2 * queries, "a module is too far behind"
+    assert 0 <= depth <= len(lags) < queries
+    behind, found = list(lags), list[PartShape]()
+    given = 0
+    for module, lag in enumerate(lags):
+        if lag > queries:
+            behind[module] = max(lag - queries, given, module, 1)
+            first = 1 + module - lag
+            tokens = range(first, first + lag - behind[module])
+            found.append(PartShape(1 + module, lag, tuple(tokens), ()))
+        given = behind[module]
+    for module, lag in enumerate(behind[:depth]):
+        assert 0 < lag <= queries
+        tokens = range(1 + module - lag, 1 + module)
+        found.append(PartShape(1 + module, lag, tuple(tokens), (lag - 1,)))
+    verified = range(depth + 1)
+    return (*found, PartShape(DECODER, 0, tuple(verified), tuple(verified)))

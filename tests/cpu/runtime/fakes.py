@@ -231,20 +231,21 @@ class FakeSequence:
     def round(self, call: RoundCall) -> RoundResult:
         """By the plan, each part on what the parts before have left."""
         assert call.sequence is self
-        drafts = np.full(call.depth, -1, dtype=np.int64)
+        drafts: list[int] = []
         for module, part in ((part.graph - 1, part) for part in parts(call, QUERIES)):
             made = 0 if not len(part.rows) else call.depth if module < 0 else module
-            assert part.token_ids.min() >= -made, "a draft that nobody has made yet"
-            ids = part.filled(drafts.clip(min=0))  # as a device does with what is not finite
+            assert min(part.token_ids) >= -made, "a draft that nobody has made yet"
+            # As a device does with what is not finite.
+            ids = np.array(part.filled([max(draft, 0) for draft in drafts]), np.int64)
+            wanted = np.array(part.rows, np.int64)
             if part.graph == 0:
                 assert part.past == self.length
-                return RoundResult(drafts, _likeliest(self.append(ids, part.rows).logits))
+                return RoundResult(drafts, _likeliest(self.append(ids, wanted).logits))
             assert part.past == self.draft_length(module)
             rows = range(part.past, part.past + len(ids))
             hidden = np.array([self.held[module - 1][row % SPAN] for row in rows])
-            step = self.append_draft(module, ids, hidden, part.rows)
-            if len(part.rows):
-                drafts[module] = _likeliest(step.logits)[0]
+            step = self.append_draft(module, ids, hidden, wanted)
+            drafts += _likeliest(step.logits)
         raise AssertionError("a round ends with the decoder")
 
     def _check_call(self, token_ids: Any, rows: Any) -> None:
@@ -291,10 +292,10 @@ class FakeSequence:
         return hidden
 
 
-def _likeliest(logits: Any) -> Any:
+def _likeliest(logits: Any) -> list[int]:
     """By the book; -1 where a logit is not finite."""
     rows = [row.tolist() for row in logits]
-    return np.array([row.index(max(row)) if np.isfinite(row).all() else -1 for row in rows], dtype=np.int64)
+    return [row.index(max(row)) if np.isfinite(row).all() else -1 for row in rows]
 
 
 def fresh_caches(session: FakeSession, tokens: list[int], lengths: list[int]) -> FakeSequence:

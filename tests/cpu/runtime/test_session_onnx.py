@@ -32,9 +32,11 @@ NONE = np.empty(0, np.int64)
 def small(session: OnnxSession, sequences: int) -> OnnxSession:
     """The bundle over caches of its own for `sequences` sequences, with NaN wherever nothing was written."""
     rows = sequences * pages_for(LENGTH + 10) * PAGE_ROWS
-    made = replace(session, max_tokens=LENGTH + 10, cache_tokens=rows, _loaded={})
+    made = replace(
+        session, max_tokens=LENGTH + 10, cache_tokens=rows, _caches={}, _graphs={}, _round_graphs={}
+    )
     for graph in range(1 + MODULES):
-        for array in made.graph(graph)._pages.values():
+        for array in made.caches(graph).pages.values():
             array.fill(np.nan)
     return made
 
@@ -58,7 +60,7 @@ def test_any_interleaving_gives_each_sequence_what_it_gets_alone(
     whole, streams = bundles[geometry]
     session = small(whole, data.draw(st.integers(2, 3), "room"))
     interleave(data, session, streams, PAGE_ROWS, 100)
-    assert session.capacity == replace(session, _loaded={}).capacity
+    assert session.capacity == replace(session, _caches={}, _graphs={}, _round_graphs={}).capacity
 
 
 @pytest.mark.parametrize("geometry", list(GEOMETRIES))
@@ -131,7 +133,7 @@ def test_windows_give_pages_back(bundles: dict[str, Any]) -> None:
     session = small(whole, 2)
     sequence = session.open()
     sequence.decode(streams[0].ids, NONE)
-    pools = session.graph(DECODER).pools
+    pools = session.caches(DECODER).pools
     assert pools["full"].held == 4
     assert pools["window"].held == 1
     sequence.truncate(LENGTH - 8)

@@ -69,7 +69,7 @@ def test_within_the_capacity_nothing_fails(data: st.DataObject) -> None:
             entries[place] = named
         account.told(growths)
         for growth in growths:
-            growth.rows.append(np.arange(growth.tokens))
+            growth.rows.append(range(growth.tokens))
             check_lines(account, entries, growth.slot, growth.rows)
             growth.rows.drop()
             back = data.draw(st.integers(0, min(growth.tokens, MOST_REJECTED)))

@@ -28,7 +28,7 @@ def finish(session: Any, calls: Any) -> Any:
     try:
         needed = next(calls)
         while True:
-            needed = calls.send(run(session, needed))
+            needed = calls.send(run(session, None, needed))
     except StopIteration as end:
         return end.value
 

@@ -15,6 +15,7 @@ from step35_trt.runtime.decoding.generate import generate
 from step35_trt.runtime.decoding.generation import Generation
 from step35_trt.runtime.decoding.generation_stats import GenerationStats
 from step35_trt.runtime.decoding.sampling import SamplingParams
+from step35_trt.runtime.session import rounds_of
 from tests.cpu.runtime.fakes import DECODER, FakeModel, FakeSession, Scripted, flat, fresh_caches
 
 GREEDY = SamplingParams()
@@ -272,7 +273,7 @@ def finish(session: FakeSession, turns: list[Generation], pick: Any) -> list[lis
         call = needed[i]
         if call.divisible:
             call = call.first(1 + pick(len(call)))
-        step = run(session, call)
+        step = run(session, rounds_of(session), call)
         try:
             needed[i] = coroutines[i].send(step)
         except StopIteration:
@@ -318,7 +319,7 @@ def test_an_answer_goes_on_with_another_sequence_as_if_nothing_had_happened(
         needed = next(calls)
         with suppress(StopIteration):
             for _ in range(int(rng.integers(1, 60))):
-                needed = calls.send(run(session, needed))
+                needed = calls.send(run(session, rounds_of(session), needed))
         calls.close()
         said += generation.take()
     assert said == expected

@@ -200,7 +200,7 @@ def begun(session: ProgramSession, tokens: list[int], depth: int, modules: int) 
         count = len(ids) - max(module, 1)
         following = ids[1 + module : 1 + module + count]
         hidden = sequence.draft(module, following, hidden[: len(following)], NONE).hidden
-    return RoundCall(sequence, np.array([*tokens, 1]), depth, modules)
+    return RoundCall(sequence, [*tokens, 1], depth, modules)
 
 
 class Copies(TorchDispatchMode):
@@ -260,9 +260,7 @@ def test_depths_may_differ_within_a_round(checkpoint: Checkpoint) -> None:
         assert rounds is not None
         calls = [begun(session, prompt(6, number), number, 2) for number in range(3)]
         results = rounds.round([calls[number] for number in order])
-        answers.append(
-            {n: (r.drafts.tolist(), r.choices.tolist()) for n, r in zip(order, results, strict=True)}
-        )
+        answers.append({n: (r.drafts, r.choices) for n, r in zip(order, results, strict=True)})
         assert [call.sequence.length for call in calls] == [7, 8, 9]
         assert [call.sequence.draft_length(0) for call in calls] == [5, 6, 6]
     assert answers[0] == answers[1]
@@ -275,7 +273,7 @@ def test_a_round_without_pages_changes_nothing(checkpoint: Checkpoint) -> None:
     for number in range(2):
         sequence = session.open()
         sequence.decode(np.array(prompt(PAGE - 1, number)), NONE)
-        calls.append(RoundCall(sequence, np.array([1]), 0, 0))
+        calls.append(RoundCall(sequence, [1], 0, 0))
     rounds.round(calls)
     with pytest.raises(DoesNotFitError, match="more rows are needed"):
         rounds.round(calls)
@@ -295,7 +293,7 @@ def test_the_context_limit_holds(checkpoint: Checkpoint) -> None:
     sequence.decode(np.array(prompt(24)), NONE)
     sequence.decode(np.array(prompt(8)), NONE)
     with pytest.raises(DoesNotFitError, match="context limit of 32"):
-        rounds.round([RoundCall(sequence, np.array([1]), 0, 0)])
+        rounds.round([RoundCall(sequence, [1], 0, 0)])
 
 
 def test_logits_that_are_not_finite_end_the_answer(checkpoint: Checkpoint) -> None:
