@@ -11,7 +11,7 @@ import numpy as np
 from step35_trt.runtime.cache.kv_pages import reserve
 from step35_trt.runtime.packing import check_lengths
 from step35_trt.runtime.programs.round_packing import packed_round
-from step35_trt.runtime.programs.round_plan import lags_of
+from step35_trt.runtime.programs.round_plan import lags_of, shapes
 from step35_trt.runtime.session import Call, RoundResult
 
 if TYPE_CHECKING:
@@ -28,11 +28,31 @@ QUERIES = 32
 
 @dataclass(frozen=True)
 class _Member:
-    """A sequence in a round: its decoder rows before, and its known tokens, one more at the end."""
+    """A sequence in a round.
+
+    Attributes:
+        sequence: Its caches.
+        rows: The decoder's before.
+        known: Its last tokens, one more at the end.
+        fed: What modules run beforehand that are too far behind.
+        lags: Rows that each module which drafts is behind then.
+    """
 
     sequence: OnnxSequence
     rows: int
     known: SequenceOf[int]
+    fed: tuple[PartShape, ...]
+    lags: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequence: OnnxSequence, call: RoundCall) -> _Member:
+        lags = lags_of(call)
+        fed: tuple[PartShape, ...] = ()
+        if max(lags, default=0) > QUERIES:
+            fed = tuple(part for part in shapes(lags, call.depth, QUERIES) if not part.rows)
+            behind = {part.graph - 1: part.behind - len(part.tokens) for part in fed}
+            lags = tuple(behind.get(module, lag) for module, lag in enumerate(lags))
+        return cls(sequence, sequence.length, call.token_ids, fed, lags[: call.depth])
 
     def hidden(self, graph: int, behind: int, end: int) -> Floats:
         """What a graph takes over of the rows before: from so many behind the decoder to so many."""
@@ -65,23 +85,21 @@ class OnnxRounds:
 
     def round(self, calls: SequenceOf[RoundCall]) -> list[RoundResult]:
         """See `Rounds`."""
-        members = []
-        for call in calls:
-            sequence = self.session.own(call.sequence)
-            members.append(_Member(sequence, sequence.length, call.token_ids))
-        packed = packed_round(tuple((lags_of(call), call.depth) for call in calls), QUERIES)
+        members = [_Member.of(self.session.own(call.sequence), call) for call in calls]
+        packed = packed_round(tuple(member.lags for member in members), QUERIES)
         after = [member.rows + 1 + call.depth for member, call in zip(members, calls, strict=True)]
         check_lengths([call.sequence for call in calls], after, self.session.max_tokens)
         _reserve(members, packed)
-        self._feed(members, packed)
+        self._feed(members)
         return self._verify(members, packed) if len(packed.steps) == 1 else self._draft(members, packed)
 
-    def _feed(self, members: SequenceOf[_Member], packed: PackedRound) -> None:
+    def _feed(self, members: SequenceOf[_Member]) -> None:
         """Run what modules are too far behind with, several sequences together."""
-        for graph, pairs in groupby(packed.fed, key=lambda pair: pair[1].graph):
+        pairs = [(part, member) for member in members for part in member.fed]
+        pairs.sort(key=lambda pair: pair[0].graph)
+        for graph, some in groupby(pairs, key=lambda pair: pair[0].graph):
             calls = []
-            for number, part in pairs:
-                member = members[number]
+            for part, member in some:
                 ids = np.array(member.ids(part, ()), np.int64)
                 hidden = member.hidden(graph, part.behind, part.behind - len(part.tokens))
                 calls.append(Call(member.sequence, ids, np.empty(0, np.int64), hidden))
@@ -134,19 +152,17 @@ class OnnxRounds:
 
 def _reserve(members: SequenceOf[_Member], packed: PackedRound) -> None:
     """Pages for all that a round runs, or for nothing of it; a graph that is fed and drafts ends last."""
-    ends = {
-        (number, part.graph): members[number].rows - part.behind + len(part.tokens)
-        for number, part in (
-            *packed.fed,
-            *(pair for step in packed.steps for pair in zip(step.members, step.parts, strict=True)),
-        )
-    }
-    tables = [
-        (table, end)
-        for (number, graph), end in ends.items()
-        for table in members[number].sequence.held.of(graph).tables
-    ]
-    reserve(tables)
+    parts = [(member, part) for member in members for part in member.fed]
+    for step in packed.steps:
+        parts += [(members[number], part) for number, part in zip(step.members, step.parts, strict=True)]
+    ends = {(id(m), part.graph): (m, m.rows - part.behind + len(part.tokens)) for m, part in parts}
+    reserve(
+        [
+            (table, end)
+            for (_, graph), (member, end) in ends.items()
+            for table in member.sequence.held.of(graph).tables
+        ]
+    )
 
 
 def _greedy(logits: Floats) -> list[int]:

@@ -60,8 +60,12 @@ A misspelt field is an error, and so is every wish that the engine cannot grant.
 Priorities go from 1 (first) to {levels}; {default} is the default. {queue} requests of each wait at most. One
 that waits longer than {seconds} s or than its own `timeout` (microseconds) is refused; once it runs, that
 counts anew and ends it with an error. HTTP's `generate` has no priorities, and a `timeout` in its JSON counts
-only from where a request begins to run. Cancelling a gRPC stream or closing an HTTP connection ends the
-request, but not through `{tokens}`, since Triton tells no running step of an ensemble.
+only from where a request begins to run.
+
+Cancelling a gRPC stream, or going away while an answer is streamed, ends the request within a second. Two
+kinds of clients are not noticed, and their answers are made to the end: those of `{tokens}`, since Triton
+tells no running step of an ensemble, and those that wait for a whole answer over HTTP, since the server does
+not read meanwhile. A `timeout` bounds both.
 
 ## Triton's OpenAI front end
 

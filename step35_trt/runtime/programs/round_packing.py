@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from step35_trt.runtime.programs.round_plan import PartShape
 
-# A sequence's state: rows that each module is behind, and drafts to make.
-State = tuple[tuple[int, ...], int]
+# Of a sequence: rows that each module which drafts is behind the decoder.
+Lags = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,22 @@ class PackedStep:
 
 @dataclass(frozen=True, eq=False)
 class PackedRound:
-    """A round of several sequences; the same object for the same states.
+    """A round of several sequences; the same object for the same lags.
 
     Attributes:
         known: Tokens that each sequence has to give, its last ones.
-        fed: Modules that are too far behind, before all else: sequences and what is run for them.
         steps: Of the modules that draft, in order, and of the decoder.
     """
 
     known: tuple[int, ...]
-    fed: tuple[tuple[int, PartShape], ...]
     steps: tuple[PackedStep, ...]
 
 
 @lru_cache(maxsize=256)
-def packed_round(states: tuple[State, ...], queries: int) -> PackedRound:
-    """Pack a round of sequences in such states; `queries` as for `shapes`."""
-    plans = [shapes(lags, depth, queries) for lags, depth in states]
-    depths = [depth for _, depth in states]
+def packed_round(states: tuple[Lags, ...], queries: int) -> PackedRound:
+    """Pack a round of sequences; `queries` as for `shapes`, and no module is further behind."""
+    depths = [len(lags) for lags in states]
+    plans = [shapes(lags, depth, queries) for lags, depth in zip(states, depths, strict=True)]
     known = tuple(1 - min(token for shape in plan for token in shape.tokens) for plan in plans)
     newest = [end - 1 for end in accumulate(known)]  # place of each one's newest token
     drafted = sum(known)
@@ -96,8 +94,7 @@ def packed_round(states: tuple[State, ...], queries: int) -> PackedRound:
         for member in () if verifies else members:
             drafts[member].append(drafted)
             drafted += 1
-    fed = [(m, shape) for m, plan in enumerate(plans) for shape in plan if not shape.rows]
-    return PackedRound(known, tuple(sorted(fed, key=lambda pair: pair[1].graph)), tuple(steps))
+    return PackedRound(known, tuple(steps))
 
 
 def _carried(
