@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from step35_trt.errors import CorruptInputError, UnsupportedError
-from step35_trt.runtime.cache.kv_pages import NONE, pages_for, reserve
+from step35_trt.runtime.cache.kv_pages import NONE, reserve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -105,7 +105,7 @@ class CachedGraph:
         """
         self._reserve(held, packed)
         tokens, wanted = len(packed.token_ids), len(packed.rows)
-        width = max(pages_for(rows.length + t) for rows, t in zip(held, packed.lengths, strict=True))
+        width = max(table.count for rows in held for table in rows.tables)
         # Widths are powers of two: a binding is not made anew with every page.
         size = tokens, wanted, len(held), 1 << (width - 1).bit_length()
         call = self._kept.get(size)

@@ -10,16 +10,17 @@ import numpy as np
 import onnxruntime as ort
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as SequenceOf
 
     from numpy.typing import NDArray
 
     from step35_trt.runtime.cache.graph_caches import GraphCaches
     from step35_trt.runtime.cache.kv_rows import CachedRows
-    from step35_trt.runtime.programs.round_packing import PackedRound, PackedStep
+    from step35_trt.runtime.programs.round_packing import PackedRound
     from step35_trt.runtime.session import Floats, Ids
 
-MOST_KEPT = 64  # rounds whose arrays stay bound
+MOST_KEPT = 24  # forms of rounds whose arrays stay bound: one sequence has hardly more
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,40 @@ class _Step:
     held: Floats | None
 
 
+class _Arrays:
+    """A binding with the arrays whose addresses it knows; binding one takes as long as a small node."""
+
+    def __init__(self, graph: ort.InferenceSession, caches: Mapping[str, ort.OrtValue]) -> None:
+        self.binding: Any = graph.io_binding()
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for name, value in caches.items():
+            self.binding.bind_ortvalue_input(f"past_{name}", value)
+            self.binding.bind_ortvalue_output(name, value)
+
+    def given(self, name: str, shape: tuple[int, ...], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+        """What an input is read from."""
+        array = self._arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self._arrays[name] = np.zeros(shape, dtype)
+            self.binding.bind_cpu_input(name, array)
+        return array
+
+    def made(self, name: str, shape: tuple[int, ...], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+        """Where an output goes."""
+        array = self._arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self._arrays[name] = np.empty(shape, dtype)
+            self.binding.bind_output(name, "cpu", 0, dtype, shape, array.ctypes.data)
+        return array
+
+
 @dataclass(frozen=True)
 class _Bound:
-    """A binding for rounds of one form, with the arrays whose addresses it knows."""
+    """What rounds of one form are run on."""
 
-    binding: Any
+    arrays: _Arrays
     known: Ids
     steps: tuple[_Step, ...]
-    fixed: tuple[NDArray[Any], ...]
     made: RoundRows
 
 
@@ -94,7 +121,7 @@ class RoundGraph:
         most = max(table.count for step in rows for one in step for table in one.tables)
         # Widths are powers of two: arrays are not bound anew with every page.
         key = packed, 1 << (most - 1).bit_length()
-        bound = self._kept.pop(key, None) or self._bind(*key)
+        bound = self._kept.pop(key, None) or self._bind(*key, self._free_arrays())
         bound.known[:] = known
         for step, held, taken in zip(bound.steps, rows, hidden, strict=True):
             step.pasts[:] = [one.length for one in held]
@@ -103,48 +130,37 @@ class RoundGraph:
                     pages[place, : table.count] = table.entries[: table.count]
             if taken:
                 np.concatenate(taken, out=step.held)
-        self._graph.run_with_iobinding(bound.binding)
+        self._graph.run_with_iobinding(bound.arrays.binding)
         self._kept[key] = bound
-        if len(self._kept) > MOST_KEPT:
-            self._kept.popitem(last=False)
         return bound.made
 
-    def _bind(self, packed: PackedRound, width: int) -> _Bound:
-        binding = self._graph.io_binding()
-        for name, value in self._caches.items():
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(name, value)
-        fixed = []
+    def _free_arrays(self) -> _Arrays:
+        """Those of the form that came up longest ago, most of whose sizes are right."""
+        if len(self._kept) < MOST_KEPT:
+            return _Arrays(self._graph, self._caches)
+        return self._kept.popitem(last=False)[1].arrays
 
-        def given(name: str, array: NDArray[Any]) -> NDArray[Any]:
-            fixed.append(array)
-            binding.bind_cpu_input(name, array)
-            return array
-
-        def made(name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-            array = np.empty(shape, dtype)
-            binding.bind_output(name, "cpu", 0, dtype, shape, array.ctypes.data)
-            return array
-
-        known = given("known", np.zeros(sum(packed.known), np.int64))
+    def _bind(self, packed: PackedRound, width: int, arrays: _Arrays) -> _Bound:
         steps, hidden = [], []
         for number, step in enumerate(packed.steps):
             scope = "decoder." if number + 1 == len(packed.steps) else f"mtp-{number}."
-            for name, values in (("ids", step.ids), ("rows", step.rows), ("starts", step.starts)):
-                given(scope + name, np.array(values, np.int64))
-            if step.carried is not None:
-                given(f"{scope}carried", np.array(step.carried, np.int64))
-            steps.append(self._step(scope, step, self._windows[number], width, given))
-            hidden.append(made(f"{scope}hidden", (len(step.ids), self._width), np.float32))
-        drafts = made("drafts", (sum(len(step.rows) for step in packed.steps[:-1]),), np.int64)
-        choices = made("choices", (len(packed.steps[-1].rows),), np.int64)
-        return _Bound(binding, known, tuple(steps), tuple(fixed), RoundRows(drafts, choices, tuple(hidden)))
-
-    def _step(self, scope: str, step: PackedStep, tables: SequenceOf[str], width: int, given: Any) -> _Step:
-        members = len(step.members)
-        held = sum(first - end for first, end in step.taken)
-        return _Step(
-            given(f"{scope}pasts", np.zeros(members, np.int64)),
-            tuple(given(f"{scope}pages.{table}", np.zeros((members, width), np.int64)) for table in tables),
-            given(f"{scope}held", np.zeros((held, self._width), np.float32)) if step.taken else None,
-        )
+            fixed = {"ids": step.ids, "rows": step.rows, "starts": step.starts, "carried": step.carried}
+            for name, values in fixed.items():
+                if values is not None:
+                    arrays.given(scope + name, (len(values),))[:] = values
+            members, held = len(step.members), sum(first - end for first, end in step.taken)
+            steps.append(
+                _Step(
+                    arrays.given(f"{scope}pasts", (members,)),
+                    tuple(
+                        arrays.given(f"{scope}pages.{table}", (members, width))
+                        for table in self._windows[number]
+                    ),
+                    arrays.given(f"{scope}held", (held, self._width), np.float32) if step.taken else None,
+                )
+            )
+            hidden.append(arrays.made(f"{scope}hidden", (len(step.ids), self._width), np.float32))
+        drafts = arrays.made("drafts", (sum(len(step.rows) for step in packed.steps[:-1]),))
+        choices = arrays.made("choices", (len(packed.steps[-1].rows),))
+        known = arrays.given("known", (sum(packed.known),))
+        return _Bound(arrays, known, tuple(steps), RoundRows(drafts, choices, tuple(hidden)))

@@ -57,6 +57,7 @@ class StepCosts:
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = prior
         self._samples: dict[int, tuple[float, AverageCost]] = {}  # by size class: mean tokens, seconds
+        self._curve: dict[float, float] | None = {}  # seconds by mean tokens; None where samples are newer
         self._now = 0
 
     @property
@@ -67,6 +68,7 @@ class StepCosts:
     def record(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
         self._now += 1
+        self._curve = None
         mean, cost = self._samples.get(size_class(tokens), (float(tokens), AverageCost()))
         cost.update(seconds, self._now)
         self._samples[size_class(tokens)] = mean + 0.125 * (tokens - mean), cost
@@ -79,8 +81,10 @@ class StepCosts:
         """
         if not tokens:
             return 0.0
-        samples = [pair for pair in self._samples.values() if pair[1].samples >= WARM_SAMPLES - 1]
-        measured = {mean: cost.seconds for mean, cost in samples or self._samples.values()}
+        if self._curve is None:
+            samples = [pair for pair in self._samples.values() if pair[1].samples >= WARM_SAMPLES - 1]
+            self._curve = {mean: cost.seconds for mean, cost in samples or self._samples.values()}
+        measured = self._curve
         below = max((mean for mean in measured if mean <= tokens), default=None)
         above = min((mean for mean in measured if mean > tokens), default=None)
         if below is not None and above is not None:

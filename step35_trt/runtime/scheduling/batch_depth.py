@@ -10,9 +10,10 @@ With p_ij the probability that draft j of sequence i stands (the product of its 
 yields n + sum of p_ij tokens. p_ij falls with j, so the best set of m drafts is the m largest, and these are
 prefixes. For each m the round's cost is read off what was measured (`round_costs.py`), and the m of the most
 tokens per second wins; only the largest m of a size class is looked at, so that few sizes come up and each is
-measured often. Depths hardly measured, or long ago, are tried now and then by all sequences together, as
-`depth.py` does for one. Who shares no step shares no choice: rounds that a session runs at once
-(`session.Rounds`) have a choice and costs of their own.
+measured often. The choice stands for a few rounds of the same sequences, as making it takes time too. Depths
+hardly measured, or long ago, are tried now and then by all sequences together, as `depth.py` does for one.
+Who shares no step shares no choice: rounds that a session runs at once (`session.Rounds`) have a choice and
+costs of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from step35_trt.runtime.decoding.round_costs import Costs
 
 PRIOR_TESTS = 4  # that the others' acceptance counts for in a sequence's own
+STANDS = 4  # rounds
 
 
 class Member:
@@ -62,6 +64,7 @@ class BatchDepth:
         self._costs = costs
         self._all = Acceptance([PRIOR_ACCEPTANCE] * modules)
         self._round = 0
+        self._chosen: tuple[int, list[Member], int] | None = None  # in which round, for whom, beside what
 
     @property
     def acceptance(self) -> tuple[float, ...]:
@@ -87,10 +90,21 @@ class BatchDepth:
             return
         self._round += 1
         trial = self._trial(len(members), others)
+        if trial is None and self._stands(members, others):
+            return
         for member in members:
             member.depth = trial or 0
+        self._chosen = None
         if trial is None:
             self._best(members, others)
+            self._chosen = self._round, [*members], others
+
+    def _stands(self, members: SequenceOf[Member], others: int) -> bool:
+        """Whether the latest choice was about the same, and not long ago."""
+        if self._chosen is None:
+            return False
+        number, same, beside = self._chosen
+        return self._round < number + STANDS and beside == others and same == [*members]
 
     def _trial(self, count: int, others: int) -> int | None:
         """A depth for all that is tried because its cost is unknown or old; None for the best."""

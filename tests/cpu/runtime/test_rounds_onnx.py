@@ -123,6 +123,19 @@ def test_modules_nobody_drafts_with_are_fed(sessions: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.parametrize("rows", range(PAGE_ROWS - 4, PAGE_ROWS + 3))
+def test_a_module_is_fed_and_drafts_where_a_page_ends(sessions: dict[str, Any], rows: int) -> None:
+    session: OnnxSession = sessions["small-window"]
+    pair = Pair(session, [token % 40 for token in range(rows - QUERIES + 1)])
+    for turn in range(QUERIES + 1):
+        depth = 3 if turn == QUERIES else 0
+        lag = pair.sequences[0].length - pair.sequences[0].draft_length(0)
+        assert lag == turn + 1
+        assert session.rounds is not None
+        (result,) = session.rounds.round([pair.call(depth)])
+        assert (list(result.drafts), list(result.choices)) == pair.by_steps(depth, 0, turn)
+
+
 @pytest.mark.parametrize("geometry", [*GEOMETRIES, INT4])
 @pytest.mark.parametrize("depths", [[1], [3], [0, 2, 0, 0, 3, 1]])
 def test_answers_are_those_of_a_bundle_without_rounds(
