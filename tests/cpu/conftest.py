@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,9 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
+# A process of its own that a test starts would compile the package's sources anew each time.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # One thread a library: pytest-xdist uses the cores.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -21,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from tests.synthetic import raw_config, write_checkpoint  # noqa: E402 - after the environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # Window smaller and larger than a test's prompt; 8:1 and 12:1 heads on one KV head and on two.
@@ -41,6 +46,17 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "share_expert_dim": 64,
     },
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_faster() -> Iterator[None]:
+    """Where tests that were collected interpret kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "triton" in sys.modules:
+            from tests.interpreter import remember_types
+
+            remember_types(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

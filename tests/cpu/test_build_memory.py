@@ -48,7 +48,7 @@ print(status("VmHWM") - base)
 
 @pytest.mark.parametrize("engine", ["dgx-spark-int4", "h200x2-fp8"])
 def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
-    """Six times the experts, the same peak; both far below the checkpoint's size."""
+    """Six times the experts, the same peak."""
     spec, peaks = EngineSpec.load(engine), []
     for layers in (4, 9):
         raw = raw_config(
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
             groups=2,
             vocab_size=96,
             hidden_size=512,
-            moe_num_experts=24,
+            moe_num_experts=16,
             moe_intermediate_size=768,
             share_expert_dim=256,
             intermediate_size=512,
@@ -75,6 +75,6 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
         ]
         peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
         size = Checkpoint.open(source.directory).nbytes
-    assert size > 85e6
+    assert size > 60e6
     assert max(peaks) < 180e6
-    assert peaks[1] < peaks[0] + 25e6  # five layers more are 70 MB of int4, 140 MB of FP8
+    assert peaks[1] < peaks[0] + 25e6  # five layers more are 47 MB of int4, 94 MB of FP8

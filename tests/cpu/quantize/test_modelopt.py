@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 torch = pytest.importorskip("torch")
-quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")
 
 LINEAR = "model.layers.1.self_attn.q_proj.weight"
 STACKED = "model.layers.4.moe.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def quant_utils() -> Any:
+    """Imported late: it takes seconds, and every process of the suite collects this file."""
+    return pytest.importorskip("modelopt.torch.export.quant_utils")
 
 
 def loaded(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -30,7 +35,7 @@ def loaded(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", [LINEAR, STACKED])
-def test_int4_is_packed_as_modelopt_packs(tmp_path: Path, name: str) -> None:
+def test_int4_is_packed_as_modelopt_packs(tmp_path: Path, quant_utils: Any, name: str) -> None:
     before, after = Checkpoint.open(NANO), run(NANO, tmp_path / "out", "cpu-int4")
     scales = loaded(after, f"{name}_scale").float()
     packed = quant_utils.to_quantized_weight(
@@ -40,7 +45,7 @@ def test_int4_is_packed_as_modelopt_packs(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [LINEAR, "model.layers.4.moe.down_proj.weight"])
-def test_fp8_rows_are_modelopts(tmp_path: Path, name: str) -> None:
+def test_fp8_rows_are_modelopts(tmp_path: Path, quant_utils: Any, name: str) -> None:
     before, after = Checkpoint.open(NANO), run(NANO, tmp_path / "out", "fp8")
     weight = torch.from_numpy(before.read(name))
     scales = weight.abs().amax(-1) / 448
@@ -82,7 +87,7 @@ def test_modelopt_makes_the_same_config_of_hf_quant_config(tmp_path: Path, recip
     assert convert_hf_quant_config_format(written) == config
 
 
-def test_layers_are_declared_as_modelopt_declares_them(tmp_path: Path) -> None:
+def test_layers_are_declared_as_modelopt_declares_them(tmp_path: Path, quant_utils: Any) -> None:
     run(NANO, tmp_path / "out", "int4-awq")
     found = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
     described = {
