@@ -20,15 +20,13 @@ import asyncio
 import json
 import os
 import queue
-import socket
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPConnection
 from importlib import import_module
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -37,13 +35,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.triton_server import server
+from step35_trt.bundle import Bundle
 from step35_trt.runtime.load import load_text, open_bundle
 from step35_trt.runtime.scheduling.requests import Limits, TokenRequest, Tokens
 from step35_trt.runtime.scheduling.serving import ServingLoop
-from step35_trt.triton_repo.write import write_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from step35_trt.runtime.scheduling.requests import Event
 
@@ -263,59 +262,15 @@ class Clients:
 
 
 def make_requests(bundle: Path, count: int) -> list[Request]:
-    """Prompts with answers of different lengths."""
-    text = load_text(bundle, required=True)
-    assert text is not None
-    kinds = [(tuple(text.encode(p)), 32 + 16 * (i % 5)) for i, p in enumerate(PROMPTS * 3)]
+    """Prompts with answers of different lengths; prompts are random ids where the bundle has no tokenizer."""
+    text = load_text(bundle, required=False)
+    if text is not None:
+        prompts = [tuple(text.encode(prompt)) for prompt in PROMPTS]
+    else:
+        ids, chosen = range(Bundle.open(bundle).config.vocab_size), random.Random(0)
+        prompts = [tuple(chosen.choices(ids, k=4 + 2 * place)) for place in range(len(PROMPTS))]
+    kinds = [(prompt, 32 + 16 * (place % 5)) for place, prompt in enumerate(prompts * 3)]
     return list(islice(cycle(kinds), count))
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server: its process and where its gRPC is."""
-
-    process: int
-    address: str
-
-
-@contextmanager
-def server(python: str, bundle: Path, streams: int, folder: Path) -> Iterator[Running]:
-    """A server that runs within the context."""
-    repository, log = folder / "repository", folder / "log"
-    write_repository(bundle, repository, streams)
-    ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
-    line = [python, "-m", "step35_trt", "serve", str(repository)]
-    for name, port in ports.items():
-        line += [f"--{name}-port", str(port)]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(line, stdout=stream, stderr=stream)
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                raise SystemExit(log.read_text())
-            try:
-                connection = HTTPConnection("127.0.0.1", ports["http"])
-                connection.request("GET", "/v2/health/ready")
-                if connection.getresponse().status == 200:
-                    break
-            except OSError:
-                pass
-            time.sleep(0.2)
-        yield Running(process.pid, f"127.0.0.1:{ports['grpc']}")
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody uses."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def main() -> None:
