@@ -101,8 +101,8 @@ class CachedRows:
         `prefixes` are those of the decoder's tokens. A module whose rows took other tokens than the decoder
         (a refused draft that was left in its cache) is of use to nobody.
         """
-        known = min(self.settled, decoder.settled - self.ahead)
-        while (self._registered + 1) * self.page_rows <= known:
+        known = min(self.settled, decoder.settled - self.ahead) // self.page_rows
+        while self._registered < known:
             start, end = self._registered * self.page_rows, (self._registered + 1) * self.page_rows
             if self.tokens[start:end] != decoder.tokens[start + self.ahead : end + self.ahead]:
                 return

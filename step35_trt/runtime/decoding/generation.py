@@ -178,7 +178,8 @@ class Generation:
             self.stats.log_probability += log_probability(logits, new)
         self._tokens += new
         self._certain += new
-        self._drawn = self._rng.bit_generator.state
+        if not self._sampling.greedy:  # reading the state takes longer than all else here
+            self._drawn = self._rng.bit_generator.state
         self.stats.generated_tokens += len(new)
         if stop is None and self.stats.generated_tokens >= self._limit:
             self.stats.finish_reason = "length"
