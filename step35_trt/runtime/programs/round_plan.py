@@ -73,11 +73,6 @@ class PartShape:
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
 
-    @property
-    def drafts(self) -> bool:
-        """Whether a draft comes of it."""
-        return self.graph != DECODER and len(self.rows) > 0
-
     def part(self, n: int, token_ids: SequenceOf[int]) -> Part:
         """With the tokens, of which the last is t_n."""
         ids = tuple(-token if token > 0 else token_ids[token - 1] for token in self.tokens)
