@@ -122,11 +122,9 @@ class GraphWriter:
     def cache(self, spec: CacheSpec) -> tuple[ir.Value, ir.Value]:
         """Declare a layer's cache inputs: keys and values."""
         self.caches.append(spec)
-        keys, values = (
-            ir.val(f"past_{name}.{spec.layer}", ir.DataType.FLOAT, _cache_shape(spec))
-            for name in ("key", "value")
-        )
-        self.inputs |= {value.name: value for value in (keys, values) if value.name is not None}
+        names = f"past_key.{spec.layer}", f"past_value.{spec.layer}"
+        keys, values = (ir.val(name, ir.DataType.FLOAT, _cache_shape(spec)) for name in names)
+        self.inputs |= zip(names, (keys, values), strict=True)
         return keys, values
 
     def cached(self, spec: CacheSpec, keys: ir.Value, values: ir.Value) -> None:

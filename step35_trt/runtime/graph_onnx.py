@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from step35_trt.errors import CorruptInputError, UnsupportedError
 from step35_trt.runtime.cache.kv_pages import NONE, reserve
+from step35_trt.runtime.cache.kv_rows import table_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -105,9 +106,7 @@ class CachedGraph:
         """
         self._reserve(held, packed)
         tokens, wanted = len(packed.token_ids), len(packed.rows)
-        width = max(table.count for rows in held for table in rows.tables)
-        # Widths are powers of two: a binding is not made anew with every page.
-        size = tokens, wanted, len(held), 1 << (width - 1).bit_length()
+        size = tokens, wanted, len(held), table_width(held)
         call = self._kept.get(size)
         if call is None:
             call = self._bound(*size, packed.hidden is not None)
@@ -166,8 +165,7 @@ def _fill(inputs: dict[str, Any], held: SequenceOf[CachedRows], packed: Packed) 
         inputs["carried"][:] = packed.hidden
     for place, rows in enumerate(held):
         for table in rows.tables:
-            row = inputs[f"pages.{table.name}"][place]
-            row[: table.count] = table.entries[: table.count]
+            table.write(inputs[f"pages.{table.name}"][place])
 
 
 def _bind_output(binding: Any, name: str, array: Floats) -> None:

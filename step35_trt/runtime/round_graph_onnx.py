@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from step35_trt.runtime.cache.kv_rows import table_width
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence as SequenceOf
@@ -118,16 +120,14 @@ class RoundGraph:
             rows: Of each step, those of each sequence.
             hidden: Of each step, what sequences take from earlier rounds; nothing for the decoder.
         """
-        most = max(table.count for step in rows for one in step for table in one.tables)
-        # Widths are powers of two: arrays are not bound anew with every page.
-        key = packed, 1 << (most - 1).bit_length()
+        key = packed, table_width(one for step in rows for one in step)
         bound = self._kept.pop(key, None) or self._bind(*key, self._free_arrays())
         bound.known[:] = known
         for step, held, taken in zip(bound.steps, rows, hidden, strict=True):
             step.pasts[:] = [one.length for one in held]
             for place, one in enumerate(held):
                 for pages, table in zip(step.pages, one.tables, strict=True):
-                    pages[place, : table.count] = table.entries[: table.count]
+                    table.write(pages[place])
             if taken:
                 np.concatenate(taken, out=step.held)
         self._graph.run_with_iobinding(bound.arrays.binding)

@@ -50,9 +50,9 @@ class OnnxSession:
     max_tokens: int
     cache_tokens: int
     prefill_chunk: int
-    _caches: dict[int, GraphCaches] = field(default_factory=dict, repr=False)
-    _graphs: dict[int, CachedGraph] = field(default_factory=dict, repr=False)
-    _round_graphs: dict[int, RoundGraph] = field(default_factory=dict, repr=False)
+    _caches: dict[int, GraphCaches] = field(default_factory=dict, init=False, repr=False)
+    _graphs: dict[int, CachedGraph] = field(default_factory=dict, init=False, repr=False)
+    _round_graphs: dict[int, RoundGraph] = field(default_factory=dict, init=False, repr=False)
 
     def caches(self, number: int) -> GraphCaches:
         """The `DECODER`'s, or of k + 1 those of MTP module k."""
@@ -143,11 +143,13 @@ class OnnxSequence:
         """Count the rows of a call, and keep what it put out `[T, D]`."""
         rows = self.held.of(graph)
         if graph < len(self.session.program.rounds):
+            last = hidden[-HELD:]  # a prompt's chunk is longer
+            first = rows.length + len(hidden) - len(last)
             kept = self._hidden.get(graph)
-            if kept is None or not kept.first <= rows.length <= kept.end:
-                kept = self._hidden[graph] = HiddenRows(rows.length)
-            kept.cut(rows.length)
-            kept.append(hidden)
+            if kept is None or not kept.first <= first <= kept.end:
+                kept = self._hidden[graph] = HiddenRows(first)
+            kept.cut(first)
+            kept.append(last)
             kept.drop(kept.end - HELD)
         rows.append(token_ids)
         self.held.settled(rows)

@@ -157,6 +157,10 @@ class PageTable:
             self.pool.hold(page)
             self._append(page)
 
+    def write(self, row: Ids) -> None:
+        """Copy the entries to where an operator reads them; what lies beyond is not looked at."""
+        row[: self.count] = self.entries[: self.count]
+
     def needed_from(self, length: int) -> int:
         """The first page that tokens from position `length` on still see."""
         return max(length - self.window + 1, 0) // self.pool.page_rows if self.window else 0

@@ -134,6 +134,11 @@ class CachedRows:
         self.settled, self._registered = end, pages
 
 
+def table_width(batch: Iterable[CachedRows]) -> int:
+    """Entries that a batch's tables of pages have room for: a power of two, so that it rarely changes."""
+    return 1 << (max(table.count for rows in batch for table in rows.tables) - 1).bit_length()
+
+
 def reusable_pages(graphs: Iterable[CachedRows], prefixes: Prefixes, most: int) -> int:
     """The longest prefix, in pages and at most `most`, that all graphs still have.
 

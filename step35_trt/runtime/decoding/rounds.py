@@ -149,9 +149,7 @@ class AtOnce:
     def run(self, depth: int, tokens: SequenceOf[int]) -> Calls[Verified]:
         """See `Rounds`."""
         rows = self.sequence.length
-        furthest = min((self.sequence.draft_length(k) + k for k in range(self.modules)), default=rows)
-        known = tokens[min(furthest + 1, rows) :]
-        result = yield from round_of(RoundCall(self.sequence, known, depth, self.modules))
+        result = yield from round_of(RoundCall(self.sequence, tokens, depth, self.modules))
         if min(*result.drafts, *result.choices, 0) < 0:
             raise not_finite()
         drafts = tuple(result.drafts)

@@ -145,9 +145,6 @@ def test_answers_are_those_of_a_bundle_without_rounds(
     earlier = replace(
         session,
         program=session.program.model_copy(update={"rounds": ()}),
-        _caches={},
-        _graphs={},
-        _round_graphs={},
     )
     assert earlier.rounds is None
     answers = [
@@ -160,7 +157,7 @@ def test_answers_are_those_of_a_bundle_without_rounds(
 
 def test_a_round_without_pages_changes_nothing(sessions: dict[str, Any]) -> None:
     session: OnnxSession = sessions["small-window"]
-    small = replace(session, cache_tokens=3 * PAGE_ROWS, _caches={}, _graphs={}, _round_graphs={})
+    small = replace(session, cache_tokens=3 * PAGE_ROWS)
     pairs = [small.open() for _ in range(2)]
     for sequence in pairs:
         sequence.decode(np.arange(PAGE_ROWS - 1) % 7, NONE)
@@ -175,9 +172,7 @@ def test_a_round_without_pages_changes_nothing(sessions: dict[str, Any]) -> None
 
 
 def test_the_context_limit_holds(sessions: dict[str, Any]) -> None:
-    session: OnnxSession = replace(
-        sessions["small-window"], max_tokens=24, _caches={}, _graphs={}, _round_graphs={}
-    )
+    session: OnnxSession = replace(sessions["small-window"], max_tokens=24)
     pair = Pair(session, [1] * 22)
     assert session.rounds is not None
     with pytest.raises(DoesNotFitError, match="context limit of 24"):
@@ -195,7 +190,7 @@ def test_logits_that_are_not_finite_are_told(
     """Of the decoder at every depth, of a module where it drafts; nothing after them fails first."""
     session: OnnxSession = sessions["small-window"]
     damaged = _damaged(session.directory, tmp_path / "damaged", head)
-    broken = replace(session, directory=damaged, _caches={}, _graphs={}, _round_graphs={})
+    broken = replace(session, directory=damaged)
     if head != "lm_head" and not depth:  # no module runs
         assert flat(generate(broken, range(9), GREEDY, max_tokens=4, draft_tokens=0))
         return
