@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ settings.load_profile("suite")
 # A process of its own that a test starts would compile the package's sources anew each time.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Where this was started in the background, processes that tests start and interrupt would not hear of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread a library: pytest-xdist uses the cores.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")

@@ -76,6 +76,8 @@ def test_a_killed_rank_ends_the_other(pair: Path, started: list[subprocess.Popen
 def test_torchrun(pair: Path, started: list[subprocess.Popen[str]]) -> None:
     """Two processes answer once and leave nothing; killed in the middle, one of them ends all."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # It looks after its processes now and then, and ends all where one is gone: they are to notice before.
+    torchrun += ["--monitor-interval", "3"]
     started.append(start([*torchrun, *RUN[1:], str(pair), *LONG], {}))
     agent = started[0].pid
 
