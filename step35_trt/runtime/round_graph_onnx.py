@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from step35_trt.runtime.programs.round_packing import PackedRound
     from step35_trt.runtime.session import Floats, Ids
 
-MOST_KEPT = 24  # forms of rounds whose arrays stay bound: one sequence has hardly more
+T = TypeVar("T", bound=np.generic)
+MOST_KEPT = 64  # forms of rounds whose arrays stay bound: eight sequences of one depth have few more
 
 
 @dataclass(frozen=True)
 class RoundRows:
-    """What a round made; overwritten by the next one like it.
+    """What a round made; overwritten by the next one.
 
     Attributes:
         drafts: `[d]`, module by module.
@@ -49,6 +50,34 @@ class _Step:
     held: Floats | None
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Where rounds of every form have their largest arrays: at the beginning of these, as one runs at a time.
+
+    Attributes:
+        held: `[S, R, D]`, what each step reads of earlier rounds.
+        hidden: `[S, R, D]`.
+        drafts: `[R]`.
+        choices: `[R]`.
+    """
+
+    held: Floats
+    hidden: Floats
+    drafts: Ids
+    choices: Ids
+
+    @classmethod
+    def of(cls, steps: int, rows: int, width: int) -> _Shared:
+        held, hidden = np.empty((2, steps, rows, width), np.float32)
+        drafts, choices = np.empty((2, rows), np.int64)
+        return cls(held, hidden, drafts, choices)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a step, at most."""
+        return len(self.choices)
+
+
 class _Arrays:
     """A binding with the arrays whose addresses it knows; binding one takes as long as a small node."""
 
@@ -59,21 +88,30 @@ class _Arrays:
             self.binding.bind_ortvalue_input(f"past_{name}", value)
             self.binding.bind_ortvalue_output(name, value)
 
-    def given(self, name: str, shape: tuple[int, ...], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-        """What an input is read from."""
+    def own(self, name: str, shape: tuple[int, ...]) -> Ids:
+        """Whole numbers that an input is read from."""
         array = self._arrays.get(name)
         if array is None or array.shape != shape:
-            array = self._arrays[name] = np.zeros(shape, dtype)
+            array = self._arrays[name] = np.zeros(shape, np.int64)
             self.binding.bind_cpu_input(name, array)
         return array
 
-    def made(self, name: str, shape: tuple[int, ...], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-        """Where an output goes."""
-        array = self._arrays.get(name)
-        if array is None or array.shape != shape:
-            array = self._arrays[name] = np.empty(shape, dtype)
-            self.binding.bind_output(name, "cpu", 0, dtype, shape, array.ctypes.data)
-        return array
+    def read(self, name: str, shared: NDArray[T]) -> NDArray[T]:
+        """Read an input from the beginning of what is shared."""
+        if self._is_longer_or_shorter(name, shared):
+            self.binding.bind_cpu_input(name, shared)
+        return shared
+
+    def write(self, name: str, shared: NDArray[T]) -> NDArray[T]:
+        """Write an output to the beginning of what is shared."""
+        if self._is_longer_or_shorter(name, shared):
+            address = shared.ctypes.data
+            self.binding.bind_output(name, "cpu", 0, shared.dtype.type, shared.shape, address)
+        return shared
+
+    def _is_longer_or_shorter(self, name: str, shared: NDArray[Any]) -> bool:
+        before, self._arrays[name] = self._arrays.get(name), shared
+        return before is None or len(before) != len(shared)
 
 
 @dataclass(frozen=True)
@@ -96,13 +134,14 @@ class RoundGraph:
     """
 
     def __init__(self, graph: ort.InferenceSession, caches: SequenceOf[GraphCaches], width: int) -> None:
-        self._graph, self._width = graph, width
+        self._graph = graph
         self._windows = [tuple(cache.windows) for cache in caches]
         self._caches = {
             name: ort.OrtValue.ortvalue_from_numpy(array)
             for cache in caches
             for name, array in cache.pages.items()
         }
+        self._shared = _Shared.of(len(caches), 1, width)
         self._kept: OrderedDict[tuple[PackedRound, int], _Bound] = OrderedDict()
 
     def run(
@@ -121,7 +160,7 @@ class RoundGraph:
             hidden: Of each step, what sequences take from earlier rounds; nothing for the decoder.
         """
         key = packed, table_width(one for step in rows for one in step)
-        bound = self._kept.pop(key, None) or self._bind(*key, self._free_arrays())
+        bound = self._kept.pop(key, None) or self._bind(*key)
         bound.known[:] = known
         for step, held, taken in zip(bound.steps, rows, hidden, strict=True):
             step.pasts[:] = [one.length for one in held]
@@ -134,33 +173,33 @@ class RoundGraph:
         self._kept[key] = bound
         return bound.made
 
-    def _free_arrays(self) -> _Arrays:
-        """Those of the form that came up longest ago, most of whose sizes are right."""
+    def _arrays(self, packed: PackedRound) -> _Arrays:
+        """New ones, or those of the form that came up longest ago, most of whose sizes are right."""
+        tokens = max(len(step.ids) for step in packed.steps)
+        if tokens > self._shared.rows:
+            self._kept.clear()  # they know the old addresses
+            self._shared = _Shared.of(len(packed.steps), 2 * tokens, self._shared.hidden.shape[-1])
         if len(self._kept) < MOST_KEPT:
             return _Arrays(self._graph, self._caches)
         return self._kept.popitem(last=False)[1].arrays
 
-    def _bind(self, packed: PackedRound, width: int, arrays: _Arrays) -> _Bound:
-        steps, hidden = [], []
+    def _bind(self, packed: PackedRound, width: int) -> _Bound:
+        arrays = self._arrays(packed)
+        shared, steps, hidden = self._shared, [], []
         for number, step in enumerate(packed.steps):
             scope = "decoder." if number + 1 == len(packed.steps) else f"mtp-{number}."
             fixed = {"ids": step.ids, "rows": step.rows, "starts": step.starts, "carried": step.carried}
             for name, values in fixed.items():
                 if values is not None:
-                    arrays.given(scope + name, (len(values),))[:] = values
+                    arrays.own(scope + name, (len(values),))[:] = values
             members, held = len(step.members), sum(first - end for first, end in step.taken)
-            steps.append(
-                _Step(
-                    arrays.given(f"{scope}pasts", (members,)),
-                    tuple(
-                        arrays.given(f"{scope}pages.{table}", (members, width))
-                        for table in self._windows[number]
-                    ),
-                    arrays.given(f"{scope}held", (held, self._width), np.float32) if step.taken else None,
-                )
+            pages = tuple(
+                arrays.own(f"{scope}pages.{table}", (members, width)) for table in self._windows[number]
             )
-            hidden.append(arrays.made(f"{scope}hidden", (len(step.ids), self._width), np.float32))
-        drafts = arrays.made("drafts", (sum(len(step.rows) for step in packed.steps[:-1]),))
-        choices = arrays.made("choices", (len(packed.steps[-1].rows),))
-        known = arrays.given("known", (sum(packed.known),))
+            taken = arrays.read(f"{scope}held", shared.held[number, :held]) if step.taken else None
+            steps.append(_Step(arrays.own(f"{scope}pasts", (members,)), pages, taken))
+            hidden.append(arrays.write(f"{scope}hidden", shared.hidden[number, : len(step.ids)]))
+        drafts = arrays.write("drafts", shared.drafts[: sum(len(step.rows) for step in packed.steps[:-1])])
+        choices = arrays.write("choices", shared.choices[: len(packed.steps[-1].rows)])
+        known = arrays.own("known", (sum(packed.known),))
         return _Bound(arrays, known, tuple(steps), RoundRows(drafts, choices, tuple(hidden)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,11 +46,13 @@ class _Member:
     lags: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequence: OnnxSequence, call: RoundCall) -> _Member:
-        lags = lags_of(call)
+    def of(cls, sequence: OnnxSequence, call: RoundCall, lags: tuple[int, ...], due: bool) -> _Member:
+        """Where modules of some sequence are `due`, those that soon will be are fed in the same step."""
         fed: tuple[PartShape, ...] = ()
-        if max(lags, default=0) > QUERIES:
-            fed = tuple(part for part in shapes(lags, call.depth, QUERIES) if not part.rows)
+        furthest = max(lags, default=0)
+        if due and furthest > QUERIES // 2:
+            queries = QUERIES if furthest > QUERIES else QUERIES // 2
+            fed = tuple(part for part in shapes(lags, call.depth, queries) if not part.rows)
             behind = {part.graph - 1: part.behind - len(part.tokens) for part in fed}
             lags = tuple(behind.get(module, lag) for module, lag in enumerate(lags))
         return cls(sequence, sequence.length, call.token_ids, fed, lags[: call.depth])
@@ -85,13 +88,22 @@ class OnnxRounds:
 
     def round(self, calls: SequenceOf[RoundCall]) -> list[RoundResult]:
         """See `Rounds`."""
-        members = [_Member.of(self.session.own(call.sequence), call) for call in calls]
-        packed = packed_round(tuple(member.lags for member in members), QUERIES)
-        after = [member.rows + 1 + call.depth for member, call in zip(members, calls, strict=True)]
+        after = [call.sequence.length + 1 + call.depth for call in calls]
         check_lengths([call.sequence for call in calls], after, self.session.max_tokens)
+        lags = [lags_of(call) for call in calls]
+        due = max(map(max, filter(None, lags)), default=0) > QUERIES
+        members = [
+            _Member.of(self.session.own(call.sequence), call, own, due)
+            for call, own in zip(calls, lags, strict=True)
+        ]
+        # In order of lags: whoever has which, rounds of the same ones are of one form, and there are few.
+        places = sorted(range(len(members)), key=lambda place: members[place].lags)
+        members = [members[place] for place in places]
+        packed = packed_round(tuple(member.lags for member in members), QUERIES)
         _reserve(members, packed)
         self._feed(members)
-        return self._verify(members, packed) if len(packed.steps) == 1 else self._draft(members, packed)
+        results = self._verify(members, packed) if len(packed.steps) == 1 else self._draft(members, packed)
+        return [result for _, result in sorted(zip(places, results, strict=True), key=itemgetter(0))]
 
     def _feed(self, members: SequenceOf[_Member]) -> None:
         """Run what modules are too far behind with, several sequences together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from math import inf, log2, prod
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,7 +58,8 @@ class StepCosts:
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = prior
         self._samples: dict[int, tuple[float, AverageCost]] = {}  # by size class: mean tokens, seconds
-        self._curve: dict[float, float] | None = {}  # seconds by mean tokens; None where samples are newer
+        # Of each class its mean tokens, ascending, and seconds; None where samples are newer.
+        self._curve: tuple[list[float], list[float]] | None = None
         self._now = 0
 
     @property
@@ -83,16 +85,17 @@ class StepCosts:
             return 0.0
         if self._curve is None:
             samples = [pair for pair in self._samples.values() if pair[1].samples >= WARM_SAMPLES - 1]
-            self._curve = {mean: cost.seconds for mean, cost in samples or self._samples.values()}
-        measured = self._curve
-        below = max((mean for mean in measured if mean <= tokens), default=None)
-        above = min((mean for mean in measured if mean > tokens), default=None)
-        if below is not None and above is not None:
-            share = (tokens - below) / (above - below)
-            return measured[below] + share * (measured[above] - measured[below])
-        nearest = above if below is None else below
-        scale = 1.0 if nearest is None else measured[nearest] / self._prior(round(nearest))
-        return scale * self._prior(tokens)
+            pairs = sorted((mean, cost.seconds) for mean, cost in samples or self._samples.values())
+            self._curve = [mean for mean, _ in pairs], [seconds for _, seconds in pairs]
+        means, seconds = self._curve
+        if not means:
+            return self._prior(tokens)
+        above = bisect_right(means, tokens)
+        if 0 < above < len(means):
+            share = (tokens - means[above - 1]) / (means[above] - means[above - 1])
+            return seconds[above - 1] + share * (seconds[above] - seconds[above - 1])
+        nearest = min(above, len(means) - 1)
+        return seconds[nearest] / self._prior(round(means[nearest])) * self._prior(tokens)
 
     def known(self, tokens: int) -> bool:
         """Whether steps of about this size were measured often enough."""
@@ -122,11 +125,11 @@ class Costs(Protocol):
         """
         ...
 
-    def known(self, tokens: int) -> bool:
-        """Whether rounds of about so many tokens were measured often enough."""
+    def known(self, tokens: int, modules: int) -> bool:
+        """Whether rounds of about so many tokens and so many drafting modules were measured often enough."""
         ...
 
-    def age(self, tokens: int) -> float:
+    def age(self, tokens: int, modules: int) -> float:
         """How long ago one was measured."""
         ...
 
@@ -156,40 +159,45 @@ class StepwiseCosts:
                 seconds += scale * costs.seconds(MODULE_ROWS * count)
         return seconds
 
-    def known(self, tokens: int) -> bool:
-        """See `Costs`."""
+    def known(self, tokens: int, modules: int) -> bool:
+        """See `Costs`; the decoder's steps decide."""
         return self._decoder.known(tokens)
 
-    def age(self, tokens: int) -> float:
+    def age(self, tokens: int, modules: int) -> float:
         """See `Costs`."""
         return self._decoder.age(tokens)
 
 
 class RoundCosts:
-    """`Costs` of rounds that are measured whole, by the tokens that the decoder runs in them.
+    """`Costs` of rounds that are measured whole.
+
+    They are kept apart by how many modules draft: a module's step takes hardly less time for one sequence
+    than for all, so tokens alone do not tell what a round costs.
 
     Args:
+        modules: Number of heads.
         prior: See `StepwiseCosts`.
     """
 
-    def __init__(self, prior: Callable[[int], float]) -> None:
-        self._whole = StepCosts(prior)
+    def __init__(self, modules: int, prior: Callable[[int], float]) -> None:
+        self._whole = [StepCosts(prior) for _ in range(modules + 1)]
 
-    def record(self, tokens: int, seconds: float) -> None:
-        """A round of so many tokens took so long."""
-        self._whole.record(tokens, seconds)
+    def record(self, tokens: int, modules: int, seconds: float) -> None:
+        """A round of so many tokens in which so many modules drafted took so long."""
+        self._whole[modules].record(tokens, seconds)
 
     def seconds(self, tokens: int, drafting: SequenceOf[int]) -> float:
-        """See `Costs`; what was measured has the modules in it."""
-        seconds = self._whole.seconds(tokens)
-        if self._whole.known(tokens):
-            return seconds
-        return seconds + PRIOR_MODULE * self._whole.seconds(1) * sum(count > 0 for count in drafting)
+        """See `Costs`; of numbers of modules that were not measured, what the nearest says."""
+        modules = sum(count > 0 for count in drafting)
+        measured = [number for number, costs in enumerate(self._whole) if costs.measured]
+        nearest = min(measured, key=lambda number: abs(number - modules), default=0)
+        costs = self._whole[nearest]
+        return costs.seconds(tokens) + (modules - nearest) * PRIOR_MODULE * costs.seconds(1)
 
-    def known(self, tokens: int) -> bool:
+    def known(self, tokens: int, modules: int) -> bool:
         """See `Costs`."""
-        return self._whole.known(tokens)
+        return self._whole[modules].known(tokens)
 
-    def age(self, tokens: int) -> float:
+    def age(self, tokens: int, modules: int) -> float:
         """See `Costs`."""
-        return self._whole.age(tokens)
+        return self._whole[modules].age(tokens)

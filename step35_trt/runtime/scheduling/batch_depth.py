@@ -7,10 +7,13 @@ its arithmetic; where arithmetic is what limits, it costs its full share. No rul
 so the depths of a round are chosen together.
 
 With p_ij the probability that draft j of sequence i stands (the product of its heads' acceptances), the round
-yields n + sum of p_ij tokens. p_ij falls with j, so the best set of m drafts is the m largest, and these are
-prefixes. For each m the round's cost is read off what was measured (`round_costs.py`), and the m of the most
-tokens per second wins; only the largest m of a size class is looked at, so that few sizes come up and each is
-measured often. The choice stands for a few rounds of the same sequences, as making it takes time too. Depths
+yields n + sum of p_ij tokens. For each depth K the sequences are put in order of what K drafts of theirs are
+worth, and of the first m of them, which draft K tokens while the others draft none, the round's cost is read
+off what was measured (`round_costs.py`); the K and m of the most tokens per second win. Depths between 0 and
+K would gain little: a module's step takes about as long for one sequence as for all, and rounds of few kinds
+are prepared once and measured often. Therefore only the largest m of a size class is looked at, too, and what
+was chosen before stays unless another choice is better by more than what is known of either is off. It is
+looked at again after a few rounds, as that takes time. Depths
 hardly measured, or long ago, are tried now and then by all sequences together, as `depth.py` does for one.
 Who shares no step shares no choice: rounds that a session runs at once (`session.Rounds`) have a choice and
 costs of their own.
@@ -18,6 +21,8 @@ costs of their own.
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING
 
 from step35_trt.runtime.decoding.depth import NEW_EVERY, OLD_EVERY, PRIOR_ACCEPTANCE, Acceptance
@@ -30,14 +35,15 @@ if TYPE_CHECKING:
 
 PRIOR_TESTS = 4  # that the others' acceptance counts for in a sequence's own
 STANDS = 4  # rounds
+BETTER = 1.04  # tokens per second that another choice has to promise, in those of the one that was made
 
 
 class Member:
-    """One sequence's `DepthPolicy`: the depth that was chosen for it, and its acceptances."""
+    """One sequence's `DepthPolicy`: its depth, and its acceptances."""
 
     def __init__(self, batch: BatchDepth) -> None:
         self._batch = batch
-        self.depth = 0
+        self.depth = self.chosen = 0  # they differ where a depth is tried
         # A new sequence is expected to do as those before it did.
         self.acceptance = Acceptance(batch.acceptance, PRIOR_TESTS)
 
@@ -64,7 +70,7 @@ class BatchDepth:
         self._costs = costs
         self._all = Acceptance([PRIOR_ACCEPTANCE] * modules)
         self._round = 0
-        self._chosen: tuple[int, list[Member], int] | None = None  # in which round, for whom, beside what
+        self._looked: tuple[int, list[Member], int] | None = None  # in which round, for whom, beside what
 
     @property
     def acceptance(self) -> tuple[float, ...]:
@@ -90,52 +96,49 @@ class BatchDepth:
             return
         self._round += 1
         trial = self._trial(len(members), others)
-        if trial is None and self._stands(members, others):
-            return
-        for member in members:
-            member.depth = trial or 0
-        self._chosen = None
-        if trial is None:
+        if trial is None and not self._stands(members, others):
             self._best(members, others)
-            self._chosen = self._round, [*members], others
+            self._looked = self._round, [*members], others
+        for member in members:
+            member.depth = member.chosen if trial is None else trial
 
     def _stands(self, members: SequenceOf[Member], others: int) -> bool:
-        """Whether the latest choice was about the same, and not long ago."""
-        if self._chosen is None:
+        """Whether the latest look was at the same, and not long ago."""
+        if self._looked is None:
             return False
-        number, same, beside = self._chosen
+        number, same, beside = self._looked
         return self._round < number + STANDS and beside == others and same == [*members]
 
     def _trial(self, count: int, others: int) -> int | None:
         """A depth for all that is tried because its cost is unknown or old; None for the best."""
         sizes = [others + count * (1 + depth) for depth in range(self._modules + 1)]
-        unknown = [depth for depth, size in enumerate(sizes) if not self._costs.known(size)]
+        unknown = [depth for depth, size in enumerate(sizes) if not self._costs.known(size, depth)]
         if unknown and self._round % NEW_EVERY == NEW_EVERY - 1:
             return unknown[-1]
         if self._round % OLD_EVERY == OLD_EVERY - 1:
-            return max(range(len(sizes)), key=lambda depth: self._costs.age(sizes[depth]))
+            return max(range(len(sizes)), key=lambda depth: self._costs.age(sizes[depth], depth))
         return None
 
     def _best(self, members: SequenceOf[Member], others: int) -> None:
-        """The drafts most likely to stand, as many as give the most tokens per second."""
-        chances = []
-        for place, member in enumerate(members):
-            chance = 1.0
-            for head, rate in enumerate(member.acceptance.rates):
-                chance *= rate
-                chances.append((-chance, head, place))
-        chances.sort()
-        drafting = [0] * self._modules  # sequences that use each module
-        tokens = float(len(members))
-        most, taken = tokens / self._costs.seconds(len(members) + others, drafting), 0
-        for count, (chance, head, _) in enumerate(chances, start=1):
-            tokens -= chance
-            drafting[head] += 1
-            size = len(members) + others + count
-            if count < len(chances) and size_class(size) == size_class(size + 1):
-                continue
-            rate = tokens / self._costs.seconds(size, drafting)
-            if rate > most:
-                most, taken = rate, count
-        for _, head, place in chances[:taken]:
-            members[place].depth = max(members[place].depth, head + 1)
+        """The sequences whose drafts are most likely to stand, as many as give the most tokens per second."""
+        plain = len(members)
+        worth = [[0.0, *accumulate(accumulate(member.acceptance.rates, mul))] for member in members]
+        drafting = [sum(member.chosen > module for member in members) for module in range(self._modules)]
+        tokens = plain + sum(own[member.chosen] for own, member in zip(worth, members, strict=True))
+        most = BETTER * tokens / self._costs.seconds(plain + others + sum(drafting), drafting)
+        best: tuple[int, list[int]] | None = None
+        for depth in range(self._modules + 1):
+            order = sorted(range(plain), key=lambda place: worth[place][depth], reverse=True)
+            tokens = float(plain)
+            for count, place in enumerate(order, start=1):
+                tokens += worth[place][depth]
+                size = plain + others + count * depth
+                if count < plain and size_class(size) == size_class(size + depth):
+                    continue
+                drafting = [count] * depth + [0] * (self._modules - depth)
+                rate = tokens / self._costs.seconds(size, drafting)
+                if rate > most:
+                    most, best = rate, (depth, order[:count])
+        if best is not None:
+            for place, member in enumerate(members):
+                member.chosen = best[0] if place in best[1] else 0

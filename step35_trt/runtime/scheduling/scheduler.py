@@ -206,6 +206,8 @@ class Scheduler:
     def _run(self, graph: Graph) -> int:
         """One packed step of a graph; returns how many requests it served."""
         waiting = [job for job in self._running if job.needed is not None and job.needed.graph == graph]
+        if not waiting:
+            return 0
         chosen, stuck = select(waiting, self._turn, self._step_tokens, self._session.capacity)
         self._stuck |= stuck
         if not chosen:
@@ -216,10 +218,10 @@ class Scheduler:
         except DoesNotFitError:  # nothing has changed
             self._stuck = True
             return 0
-        tokens = sum(len(needed) for _, needed in chosen)
+        tokens = [len(needed) for _, needed in chosen]
         if graph is None or graph == "round":
             self._counts["steps"] += 1
-            self._counts["step_tokens"] += tokens
+            self._counts["step_tokens"] += sum(tokens)
             # Before the results are handed out, when the next round begins.
             self._depths.choose(graph, self._running, chosen)
         for (job, _), result in zip(chosen, results, strict=True):

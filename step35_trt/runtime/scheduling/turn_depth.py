@@ -29,7 +29,7 @@ class TurnDepths:
     def __init__(self, session: Session, tokens: int) -> None:
         heads, prior = session.config.num_nextn_predict_layers, prior_cost(session.config)
         self._session, self._tokens = session, tokens
-        self._step_costs, self._round_costs = StepwiseCosts(heads, prior), RoundCosts(prior)
+        self._step_costs, self._round_costs = StepwiseCosts(heads, prior), RoundCosts(heads, prior)
         self._steps, self._rounds = BatchDepth(heads, self._step_costs), BatchDepth(heads, self._round_costs)
 
     def member(self, request: TokenRequest) -> Member | None:
@@ -38,10 +38,12 @@ class TurnDepths:
             return None
         return (self._rounds if together(self._session, request.sampling) else self._steps).member()
 
-    def record(self, graph: Graph, tokens: int, seconds: float) -> None:
-        """A packed step took so long."""
-        costs = self._round_costs if graph == "round" else self._step_costs.of(graph)
-        costs.record(tokens, seconds)
+    def record(self, graph: Graph, tokens: SequenceOf[int], seconds: float) -> None:
+        """A packed step of so many tokens of each sequence took so long."""
+        if graph == "round":
+            self._round_costs.record(sum(tokens), max(tokens) - 1, seconds)
+        else:
+            self._step_costs.of(graph).record(sum(tokens), seconds)
 
     def choose(self, graph: Graph, running: SequenceOf[Job], served: SequenceOf[tuple[Job, Needed]]) -> None:
         """Set the depths of the next round of those that a step has verified.

@@ -123,6 +123,27 @@ def test_modules_nobody_drafts_with_are_fed(sessions: dict[str, Any]) -> None:
         )
 
 
+def test_who_will_soon_be_too_far_behind_is_fed_with_who_is(sessions: dict[str, Any]) -> None:
+    """In one step, and not one sequence after the other."""
+    session: OnnxSession = sessions["large-window"]
+    pairs = [Pair(session, [5, 3, 8, 1, 2]), Pair(session, [7, 1, 4, 4, 9, 2])]
+
+    def lags() -> list[int]:
+        return [pair.sequences[0].length - pair.sequences[0].draft_length(1) for pair in pairs]
+
+    behind = []
+    for turn in range(QUERIES + 3):
+        last = turn == QUERIES + 2
+        depths = (3 * last, 3 * (turn == 9 or last))
+        behind.append(lags())
+        assert session.rounds is not None
+        results = session.rounds.round([pair.call(n) for pair, n in zip(pairs, depths, strict=True)])
+        for pair, result, depth in zip(pairs, results, depths, strict=True):
+            assert (list(result.drafts), list(result.choices)) == pair.by_steps(depth, 0, turn)
+    due = behind.index([QUERIES + 1, 21])
+    assert behind[due + 1] == [2, 22 - QUERIES // 2]
+
+
 @pytest.mark.parametrize("rows", range(PAGE_ROWS - 4, PAGE_ROWS + 3))
 def test_a_module_is_fed_and_drafts_where_a_page_ends(sessions: dict[str, Any], rows: int) -> None:
     session: OnnxSession = sessions["small-window"]

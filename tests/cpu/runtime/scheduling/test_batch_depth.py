@@ -37,7 +37,7 @@ class World:
         self.rates, self.decoder, self.module = rates, decoder, module
         self.costs: StepwiseCosts | RoundCosts = StepwiseCosts(3, lambda tokens: 1 + 0.1 * tokens)
         if whole:
-            self.costs = RoundCosts(lambda tokens: 1 + 0.1 * tokens)
+            self.costs = RoundCosts(3, lambda tokens: 1 + 0.1 * tokens)
         self.batch = BatchDepth(3, self.costs)
         self.members = [self.batch.member() for _ in rates]
         self.rng = np.random.default_rng(0)
@@ -49,7 +49,7 @@ class World:
         size = others + sum(1 + depth for depth in depths)
         verifying, drafting = self.decoder(size) * self.rng.uniform(0.95, 1.05), self.module * max(depths)
         if isinstance(self.costs, RoundCosts):
-            self.costs.record(size, verifying + drafting)
+            self.costs.record(size, max(depths), verifying + drafting)
         else:
             for module in range(max(depths)):
                 self.costs.of(module).record(2 * sum(d > module for d in depths), self.module)
@@ -119,17 +119,17 @@ def test_new_sequences_begin_with_what_the_others_taught() -> None:
 
 
 def test_the_limit_of_a_sequence_holds() -> None:
-    member = BatchDepth(3, RoundCosts(memory_bound)).member()
+    member = BatchDepth(3, RoundCosts(3, memory_bound)).member()
     member.depth = 3
     assert [member.choose(limit) for limit in range(5)] == [0, 1, 2, 3, 3]
 
 
 def test_without_modules_or_sequences_there_is_nothing_to_choose() -> None:
-    empty = BatchDepth(0, RoundCosts(memory_bound))
+    empty = BatchDepth(0, RoundCosts(0, memory_bound))
     member = empty.member()
     empty.choose([member], 0)
     assert member.choose(3) == 0
-    BatchDepth(3, RoundCosts(memory_bound)).choose([], 5)
+    BatchDepth(3, RoundCosts(3, memory_bound)).choose([], 5)
 
 
 def test_costs_are_read_between_and_beyond_what_was_measured() -> None:
@@ -151,14 +151,22 @@ def test_costs_are_read_between_and_beyond_what_was_measured() -> None:
 
 
 def test_what_was_measured_of_a_round_has_its_modules_in_it() -> None:
-    costs = RoundCosts(lambda tokens: 2.0 * tokens)
+    costs = RoundCosts(3, lambda tokens: 2.0 * tokens)
     assert costs.seconds(3, [1, 1, 0]) == 6 + 2 * PRIOR_MODULE * 2
     for _ in range(2):
-        costs.record(4, 10.0)
-    assert costs.known(4)
-    assert costs.seconds(4, [2, 2, 0]) == costs.seconds(4, [0, 0, 0]) == 10
-    assert costs.seconds(8, [0, 0, 0]) == 20
-    assert costs.seconds(8, [8, 0, 0]) == 20 + PRIOR_MODULE * 2.5
+        costs.record(4, 2, 10.0)
+    assert costs.known(4, 2)
+    assert not costs.known(4, 1)
+    assert costs.age(4, 2) < costs.age(4, 1)
+    assert costs.seconds(4, [2, 2, 0]) == costs.seconds(4, [1, 1, 0]) == 10
+    assert costs.seconds(8, [2, 2, 0]) == 20
+    # Of other numbers of modules nothing is known but this.
+    assert costs.seconds(8, [2, 2, 2]) == 20 + PRIOR_MODULE * 2.5
+    assert costs.seconds(8, [0, 0, 0]) == 20 - 2 * PRIOR_MODULE * 2.5
+    for _ in range(2):
+        costs.record(4, 1, 3.0)
+    assert costs.seconds(4, [1, 0, 0]) == 3
+    assert costs.seconds(4, [2, 2, 0]) == 10
 
 
 def test_a_hiccup_does_not_decide() -> None:
@@ -197,4 +205,4 @@ def _weights(config: Step35Config) -> tuple[int, int]:
 def test_a_member_is_a_policy() -> None:
     from step35_trt.runtime.decoding.depth import DepthPolicy
 
-    assert isinstance(Member(BatchDepth(3, RoundCosts(memory_bound))), DepthPolicy)
+    assert isinstance(Member(BatchDepth(3, RoundCosts(3, memory_bound))), DepthPolicy)
