@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 # A busy machine draws slowly, which says nothing about a strategy; the suite has ten minutes.
 settings.register_profile(
-    "suite", max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None
+    "suite", max_examples=20, suppress_health_check=[HealthCheck.too_slow], deadline=None
 )
 settings.load_profile("suite")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from step35_trt.kernels import plugin
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from step35_trt.config import LayerSpec
 
 
+@cache
 def page_rows() -> int:
     """Rows of a page that GPU kernels are compiled for."""
     rows: int = plugin.load("gated_attention", "geometry").PAGE
     return rows
 
 
+@cache
 def round_tokens() -> int:
     """Tokens that a round adds to a sequence in one graph at most: those of two decoding steps."""
     queries: int = plugin.load("gated_attention", "geometry").QUERIES

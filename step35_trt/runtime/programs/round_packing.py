@@ -66,7 +66,7 @@ class PackedRound:
     steps: tuple[PackedStep, ...]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def packed_round(states: tuple[Lags, ...], queries: int) -> PackedRound:
     """Pack a round of sequences; `queries` as for `shapes`, and no module is further behind."""
     depths = [len(lags) for lags in states]

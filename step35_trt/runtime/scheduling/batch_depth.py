@@ -111,9 +111,11 @@ class BatchDepth:
 
     def _trial(self, count: int, others: int) -> int | None:
         """A depth for all that is tried because its cost is unknown or old; None for the best."""
+        if self._round % NEW_EVERY != NEW_EVERY - 1:
+            return None
         sizes = [others + count * (1 + depth) for depth in range(self._modules + 1)]
         unknown = [depth for depth, size in enumerate(sizes) if not self._costs.known(size, depth)]
-        if unknown and self._round % NEW_EVERY == NEW_EVERY - 1:
+        if unknown:
             return unknown[-1]
         if self._round % OLD_EVERY == OLD_EVERY - 1:
             return max(range(len(sizes)), key=lambda depth: self._costs.age(sizes[depth], depth))

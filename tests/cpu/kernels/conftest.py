@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,8 +18,9 @@ def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the session: a kernel compiles once in it, and nothing of earlier sessions is used."""
-    return tmp_path_factory.mktemp("cache")
+    """One for the session's processes: a kernel compiles once in it, and none of earlier sessions is used."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel-cache"
 
 
 @pytest.fixture

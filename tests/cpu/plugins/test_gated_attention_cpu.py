@@ -236,7 +236,7 @@ def test_bits_depend_on_the_sequence_alone(library, data, seed):
 def test_long_contexts_are_cut_into_chunks(library, window):
     """One token after 2,500: three chunks of keys, put together; alone, with others and on one thread."""
     rng = np.random.default_rng(3)
-    layer = Layer.random(rng, 4, 2, 32, window, 16)
+    layer = Layer.random(rng, 2, 1, 32, window, 16)
     tokens = layer.inputs(rng, 2504)
     want = expected(layer, *tokens)
     pool = Pool(library, ISAS[-1], layer, 40)

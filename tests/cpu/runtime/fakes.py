@@ -209,15 +209,16 @@ class FakeSequence:
 
     def append_draft(self, module: int, token_ids: Any, hidden: Any, rows: Any) -> Step:
         assert not self.closed
-        cache, tokens, inputs = self.modules[module], token_ids.tolist(), hidden.astype(int).tolist()
+        # Of a hidden row: place, token, checksum, producer; exact in fp32.
+        cache, tokens, inputs = self.modules[module], token_ids.tolist(), hidden.tolist()
         if self.session.checked:
             self._check_call(token_ids, rows)
             assert hidden.shape == (len(tokens), WIDTH)
             assert hidden.dtype == np.float32
             self._check_rows(module, tokens, inputs)
-        cache.extend(tokens, [entry[2] for entry in inputs])
+        cache.extend(tokens, [int(entry[2]) for entry in inputs])
         self.calls.append((module, len(tokens), len(rows)))
-        before = np.array([entry[1] for entry in inputs])
+        before = np.array([entry[1] for entry in inputs], np.int64)
         return Step(
             self.session.model.heads[module][before[rows], token_ids[rows]], self._hidden(cache, module)
         )
@@ -286,6 +287,8 @@ class FakeSequence:
     def _hidden(self, cache: Cache, producer: int) -> Any:
         rows = range(cache.latest, len(cache.tokens))
         hidden = np.array([(p, cache.tokens[p], cache.sums[p], producer) for p in rows], dtype=np.float32)
+        if not self.session.whole:
+            return hidden
         ring = self.held.setdefault(producer, [None] * SPAN)
         for row, position in zip(hidden, rows, strict=True):
             ring[position % SPAN] = row

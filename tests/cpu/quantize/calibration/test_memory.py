@@ -47,14 +47,14 @@ def test_the_weights_of_a_layer_need_not_fit(tmp_path: Path) -> None:
             "num_attention_groups": 2,
             "head_dim": 64,
         },
-        moe_num_experts=96,
+        moe_num_experts=64,
         moe_intermediate_size=256,
         share_expert_dim=256,
         vocab_size=256,
     )
     write_slice(tmp_path / "checkpoint", raw, most=50_000_000)
     layer = sum(file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors"))
-    assert layer > 150e6  # nearly all of it the second layer's experts
+    assert layer > 100e6  # nearly all of it the second layer's experts
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "work"), str(layer * 9 // 10)]
     # Each arena of the allocator reserves 64 MiB of addresses; how many there are is a matter of luck.
     alone = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
