@@ -340,7 +340,7 @@ def test_a_flipped_weight_bit_is_found_by_the_full_check(bundle: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_bit_is_found(whole_bundle: Path, data: st.DataObject) -> None:
     """Refused when the bundle is opened, or found by the full check; the manifest itself included."""
     path = data.draw(st.sampled_from(sorted(p for p in whole_bundle.rglob("*") if p.is_file())))

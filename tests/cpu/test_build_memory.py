@@ -6,8 +6,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import pytest
-
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
 from tests.cpu.test_sealed import quantised
@@ -46,10 +44,9 @@ print(status("VmHWM") - base)
 """
 
 
-@pytest.mark.parametrize("engine", ["dgx-spark-int4", "h200x2-fp8"])
-def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
+def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     """Six times the experts, the same peak."""
-    spec, peaks = EngineSpec.load(engine), []
+    spec, peaks = EngineSpec.load("dgx-spark-int4"), []
     for layers in (4, 9):
         raw = raw_config(
             layers=layers,
@@ -71,10 +68,10 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
             MEMORY,
             source.directory,
             tmp_path / f"b{layers}",
-            engine,
+            spec.name,
         ]
         peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
         size = Checkpoint.open(source.directory).nbytes
     assert size > 60e6
     assert max(peaks) < 180e6
-    assert peaks[1] < peaks[0] + 25e6  # five layers more are 47 MB of int4, 94 MB of FP8
+    assert peaks[1] < peaks[0] + 25e6  # five layers more are 47 MB

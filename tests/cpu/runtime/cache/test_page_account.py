@@ -32,7 +32,7 @@ def graphs(window: int = 8) -> list[Sequence[LayerSpec]]:
     return [config.layers, *((layer,) for layer in config.mtp_layers)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_within_the_capacity_nothing_fails(data: st.DataObject) -> None:
     """Of random steps of random sequences; a sequence's lines say where all its visible rows are."""

@@ -84,7 +84,7 @@ GEOMETRIES = st.integers(1, 3).flatmap(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     geometry=GEOMETRIES,
     prompt=st.integers(1, 30),

@@ -22,7 +22,7 @@ GREEDY = SamplingParams()
 DEPTHS: tuple[Any, ...] = (0, 1, 2, 3, "auto")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     vocabulary=st.integers(2, 9),

@@ -68,7 +68,7 @@ FILTERS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 12).flatmap(
         lambda size: st.lists(
@@ -229,7 +229,7 @@ def test_verification_where_nothing_or_everything_overlaps() -> None:
     assert verify([0], near * 1.5, near, Extreme(0.9)) == (0, 1)  # type: ignore[arg-type]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), depth=st.integers(0, 3))
 def test_greedy_verification_is_the_sampled_one_with_certain_rows(data: st.DataObject, depth: int) -> None:
     ids = st.lists(st.integers(0, 2), min_size=depth, max_size=depth)

@@ -77,7 +77,7 @@ def test_torchrun(pair: Path, started: list[subprocess.Popen[str]]) -> None:
     """Two processes answer once and leave nothing; killed in the middle, one of them ends all."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # It looks after its processes now and then, and ends all where one is gone: they are to notice before.
-    torchrun += ["--monitor-interval", "3"]
+    torchrun += ["--monitor-interval", "1"]
     started.append(start([*torchrun, *RUN[1:], str(pair), *LONG], {}))
     agent = started[0].pid
 
