@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PRIOR_TESTS = 4  # that the others' acceptance counts for in a sequence's own
 STANDS = 4  # rounds
-BETTER = 1.04  # tokens per second that another choice has to promise, in those of the one that was made
+BETTER = 1.08  # tokens per second that another choice has to promise, in those of the one that was made
 
 
 class Member:
