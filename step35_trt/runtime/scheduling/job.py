@@ -100,6 +100,15 @@ class Job:
             self.calls.close()
         self.calls = self.needed = None
 
+    def count_drafts(self, drafted: list[int], accepted: list[int]) -> None:
+        """Add its drafts so far to the sums of each head."""
+        if self.generation is None:
+            return
+        stats = self.generation.stats
+        for head, (made, confirmed) in enumerate(zip(stats.drafted, stats.accepted, strict=True)):
+            drafted[head] += made
+            accepted[head] += confirmed
+
     def tell_tokens(self, now: float) -> int:
         """Give out the tokens that have become certain; returns how many."""
         new = self.generation.take() if self.generation is not None else []

@@ -36,6 +36,9 @@ def select(
         Each with the tokens it gets, and whether a call that cannot be cut found no page.
     """
     waiting = [(job, job.needed) for job in jobs if job.needed is not None]
+    sizes = [len(needed) for _, needed in waiting]
+    if sum(sizes) <= tokens and sum(map(capacity.rows_for, sizes)) <= capacity.rows:
+        return waiting, False  # there is room for all
     waiting.sort(key=lambda pair: _urgency(pair[0], pair[1], turn))
     pages = capacity.rows // capacity.page_rows
     chosen, stuck = [], False

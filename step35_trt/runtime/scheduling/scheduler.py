@@ -78,7 +78,7 @@ class Scheduler:
         self._turn = 0
         self._stuck = False  # whether a running request found no page
         self._counts: Counter[str] = Counter()
-        self._drafted = [0] * heads
+        self._drafted = [0] * heads  # of ended requests, as what follows
         self._accepted = [0] * heads
 
     def submit(self, request: TokenRequest, sink: Sink) -> RequestHandle:
@@ -122,6 +122,9 @@ class Scheduler:
     def metrics(self) -> Metrics:
         """The figures up to now."""
         counts = self._counts
+        drafted, accepted = list(self._drafted), list(self._accepted)
+        for job in (*self._running, *self._waiting):
+            job.count_drafts(drafted, accepted)
         return Metrics(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._arrived),
@@ -135,8 +138,8 @@ class Scheduler:
             generated_tokens=counts["generated_tokens"],
             steps=counts["steps"],
             step_tokens=counts["step_tokens"],
-            drafted=tuple(self._drafted),
-            accepted=tuple(self._accepted),
+            drafted=tuple(drafted),
+            accepted=tuple(accepted),
             free_rows=self._session.capacity.rows,
         )
 
@@ -241,7 +244,6 @@ class Scheduler:
         assert job.generation is not None
         job.served = self._turn
         stats = job.generation.stats
-        drafted, accepted = tuple(stats.drafted), tuple(stats.accepted)
         failure: Step35Error | None = None
         try:
             job.needed = job.calls.send(result)
@@ -249,9 +251,6 @@ class Scheduler:
             pass
         except Step35Error as error:
             failure = error
-        for head, (before, confirmed) in enumerate(zip(drafted, accepted, strict=True)):
-            self._drafted[head] += stats.drafted[head] - before
-            self._accepted[head] += stats.accepted[head] - confirmed
         self._counts["generated_tokens"] += job.tell_tokens(self._clock())
         if failure is not None:
             self._fail(job, failure)
@@ -280,6 +279,7 @@ class Scheduler:
         job.tell_failure(error)
 
     def _forget(self, job: Job) -> None:
+        job.count_drafts(self._drafted, self._accepted)
         for jobs in (self._running, self._waiting):
             if job in jobs:
                 jobs.remove(job)
