@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from step35_trt.sharing import Way
 
 CPU = torch.device("cpu")
-TOKENS = 8
+TOKENS = 6
 PROMPT = np.random.default_rng(0).integers(6, 96, 19).tolist()
 
 

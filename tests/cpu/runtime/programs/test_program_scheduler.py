@@ -72,7 +72,7 @@ def prompts(model: Model) -> dict[tuple[int, int, int], tuple[list[int], list[in
     return made
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_each_request_gets_what_it_gets_alone(
     model: Model, prompts: dict[tuple[int, int, int], Any], data: st.DataObject

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from step35_trt.runtime.programs.program_weights import ProgramWeights
 
-TOKENS = 8
+TOKENS = 6
 PROMPT = np.random.default_rng(0).integers(6, 96, 19).tolist()
 
 
