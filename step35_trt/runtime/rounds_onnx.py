@@ -91,7 +91,7 @@ class OnnxRounds:
         after = [call.sequence.length + 1 + call.depth for call in calls]
         check_lengths([call.sequence for call in calls], after, self.session.max_tokens)
         lags = [lags_of(call) for call in calls]
-        due = max(map(max, filter(None, lags)), default=0) > QUERIES
+        due = any(lag > QUERIES for own in lags for lag in own)
         members = [
             _Member.of(self.session.own(call.sequence), call, own, due)
             for call, own in zip(calls, lags, strict=True)

@@ -13,10 +13,9 @@ off what was measured (`round_costs.py`); the K and m of the most tokens per sec
 K would gain little: a module's step takes about as long for one sequence as for all, and rounds of few kinds
 are prepared once and measured often. Therefore only the largest m of a size class is looked at, too, and what
 was chosen before stays unless another choice is better by more than what is known of either is off. It is
-looked at again after a few rounds, as that takes time. Depths
-hardly measured, or long ago, are tried now and then by all sequences together, as `depth.py` does for one.
-Who shares no step shares no choice: rounds that a session runs at once (`session.Rounds`) have a choice and
-costs of their own.
+looked at again after a few rounds, as that takes time. Depths hardly measured, or long ago, are tried now and
+then by all sequences together, as `depth.py` does for one. Who shares no step shares no choice: rounds that a
+session runs at once (`session.Rounds`) have a choice and costs of their own.
 """
 
 from __future__ import annotations
