@@ -10,13 +10,14 @@ import numpy as np
 from step35_trt.evaluate import evaluate
 from step35_trt.runtime.decoding.generate import generate
 from step35_trt.runtime.decoding.sampling import SamplingParams
+from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.session import Call
+from step35_trt.runtime.session_program import ProgramSession
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from step35_trt.runtime.session import Session
-    from step35_trt.runtime.session_program import ProgramSession
 
 TENSOR = {"attention": "tensor", "experts": "tensor", "mlp": "tensor", "head": "tensor"}
 EXPERT = {"experts": "expert"}
@@ -77,6 +78,31 @@ def tell(session: ProgramSession, prompt: list[int], tokens: int, out: Path) -> 
     answer(session, prompt, tokens, out)
     assert session.runner.ranks is not None
     session.runner.ranks.leave()
+
+
+def tell_of(bundle: Path, prompt: list[int], tokens: int, out: Path) -> None:
+    """A rank's whole life; the first one's answers go to `out`."""
+    tell(opened(bundle), prompt, tokens, out)
+
+
+def see(session: ProgramSession, ids: list[int], out: Path) -> None:
+    """The first process, with nothing but given tokens."""
+    seen = evaluate(session, np.array(ids))
+    np.savez(out / "seen.npz", logits=seen.logits, mtp=seen.mtp_logits)
+    assert session.runner.ranks is not None
+    session.runner.ranks.leave()
+
+
+def see_of(bundle: Path, ids: list[int], out: Path) -> None:
+    """A rank's life with nothing but given tokens."""
+    see(opened(bundle), ids, out)
+
+
+def opened(bundle: Path) -> ProgramSession:
+    """A rank's session; a follower does not come back."""
+    session = open_bundle(bundle)
+    assert isinstance(session, ProgramSession)
+    return session
 
 
 def compare(want: Path, got: Path, tokens: int) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from step35_trt.__main__ import main
 from step35_trt.build import build
 from step35_trt.engine import EngineSpec
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
 HOST: dict[str, Any] = {
@@ -25,11 +27,17 @@ HOST: dict[str, Any] = {
     "operations": {"fp32": 1e11},
     "link": {"name": "loopback", "bandwidth": 1e9},
 }
-COMMAND = [sys.executable, "-m", "step35_trt"]
 # A clean process that has torch, of which ranks are forked: importing it takes longer than all they do.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["step35_trt.runtime.programs.program_loading", "tests.rank_stories", "tests.device_ranks"]
+    [
+        "step35_trt.cli",
+        "step35_trt.commands.benching",
+        "step35_trt.commands.examining",
+        "step35_trt.verify",
+        "tests.device_lives",
+        "torch._dynamo",  # comes with the first mode that looks at operations
+    ]
 )
 
 
@@ -67,25 +75,48 @@ def places(ranks: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def start(command: list[str], place: dict[str, str]) -> subprocess.Popen[str]:
-    """A command as torchrun starts it, what it says to be read."""
-    environment = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | place
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def run_ranks(ranks: int, work: Callable[..., None], *arguments: object) -> list[int | None]:
     """Call `work` in each of `ranks` processes; their exit codes."""
-    processes = [
-        _SERVER.Process(target=_placed, args=(place, work, arguments), daemon=True) for place in places(ranks)
-    ]
-    for process in processes:
-        process.start()
+    processes = [_fork(place, work, *arguments) for place in places(ranks)]
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]
 
 
+class Started:
+    """The command line `step35-trt words` in a process of its own, at a place that torchrun would give.
+
+    Attributes:
+        process: It.
+    """
+
+    def __init__(self, words: Sequence[object], place: dict[str, str], said: Path) -> None:
+        self._said = said / f"out-{place['RANK']}", said / f"err-{place['RANK']}"
+        self.process = _fork(place, _command, [str(word) for word in words], *self._said)
+
+    def end(self, seconds: float) -> tuple[int | None, str, str]:
+        """Exit code, standard output and standard error, once it has ended."""
+        self.process.join(seconds)
+        out, err = (path.read_text() for path in self._said)
+        return self.process.exitcode, out, err
+
+
+def _fork(place: dict[str, str], work: Callable[..., None], *arguments: object) -> BaseProcess:
+    process = _SERVER.Process(target=_placed, args=(place, work, arguments), daemon=True)
+    process.start()
+    return process
+
+
 def _placed(place: dict[str, str], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
     os.environ.update(place)
     work(*arguments)
+
+
+def _command(words: list[str], out: Path, err: Path) -> None:
+    for path, stream in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
+    sys.argv = ["step35-trt", *words]
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # which a forked process leaves out

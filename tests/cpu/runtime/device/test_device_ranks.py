@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -17,31 +16,28 @@ from step35_trt.build import build
 from step35_trt.bundle import Bundle
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
-from step35_trt.errors import DoesNotFitError, RankLostError, UnsupportedError, UsageError
+from step35_trt.errors import RankLostError, UnsupportedError, UsageError
 from step35_trt.evaluate import evaluate
 from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime import gpu, load
 from step35_trt.runtime.programs.ranks import Ranks
-from step35_trt.runtime.session import Call
 from step35_trt.runtime.session_cuda import open_cuda
 from step35_trt.runtime.session_torch import TorchSession
 from tests.cpu.quantize.test_convert import run
-from tests.device_ranks import session_of, sharing
+from tests.device_lives import CPU, PROMPT, TOKENS, die, lead, refuse, see_bundle
+from tests.device_ranks import session_of
 from tests.gpu_kernels import uncompiled
-from tests.rank_stories import BOTH, TENSOR, answer, compare, tell, told
+from tests.rank_stories import BOTH, TENSOR, answer, compare, told
 from tests.ranks import places, run_ranks, shareable
 from tests.synthetic import raw_config, write_checkpoint
-from tests.tape import Tape, TapeRecorder
+from tests.tape import TapeRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from step35_trt.sharing import Way
 
-CPU = torch.device("cpu")
-TOKENS = 6
-PROMPT = np.random.default_rng(0).integers(6, 96, 19).tolist()
+pytestmark = pytest.mark.early
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +53,6 @@ def alone(divisible: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     answer(TorchSession.of(Checkpoint.open(divisible)), PROMPT, TOKENS, out / "definition")
     compare(out / "definition", out / "device", TOKENS)
     return out / "device"
-
-
-def lead(path: Path, ranks: int, ways: dict[str, Way], out: Path) -> None:
-    """A rank's whole life; each writes down what it recorded and replayed."""
-    record = TapeRecorder()
-    try:
-        tell(session_of(path, CPU, record, sharing(ranks, ways)), PROMPT, TOKENS, out)
-    finally:
-        counts = record.recorded, record.replayed
-        (out / f"recorded-{os.environ['RANK']}.json").write_text(json.dumps(counts))
 
 
 @pytest.mark.parametrize("ways", [TENSOR, BOTH])
@@ -95,20 +81,11 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source.directory, root / "bundle"
 
 
-def see(directory: Path, ids: list[int], out: Path) -> None:
-    """A rank of a bundle for GPUs."""
-    session = open_cuda(Bundle.open(directory), CPU)
-    seen = evaluate(session, np.array(ids))
-    np.savez(out / "seen.npz", logits=seen.logits, mtp=seen.mtp_logits)
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
-
-
 def test_a_bundle_s_ranks_run_its_weights(deployed: tuple[Path, Path], tmp_path: Path) -> None:
     """Against fp32 arithmetic on the same codes, as near as bf16 comes to it."""
     checkpoint, bundle = deployed
     ids = np.random.default_rng(0).integers(0, 96, 40)
-    assert run_ranks(2, see, bundle, ids.tolist(), tmp_path) == [0, 0]
+    assert run_ranks(2, see_bundle, bundle, ids.tolist(), tmp_path) == [0, 0]
     want, got = evaluate(TorchSession.of(Checkpoint.open(checkpoint)), ids), np.load(tmp_path / "seen.npz")
     known = ~np.isnan(want.mtp_logits)
     for one, other in ((got["logits"], want.logits), (got["mtp"][known], want.mtp_logits[known])):
@@ -171,42 +148,10 @@ def test_each_process_takes_its_gpu(
     assert chosen == [torch.device("cuda", rank)]
 
 
-def refuse(path: Path, ways: dict[str, Way], out: Path) -> None:
-    """A step that does not fit is refused by the first alone, and the next one runs."""
-    session = session_of(path, CPU, TapeRecorder(), sharing(2, ways))
-    two = [Call(session.open(), np.zeros(40, np.int64), np.array([0])) for _ in range(2)]
-    with pytest.raises(DoesNotFitError, match="80 tokens, where 48"):
-        session.decode(two)
-    del two
-    (out / "answer.json").write_text(json.dumps(told(session, [7, 8, 9], 3, TOKENS)))
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
-
-
 def test_what_does_not_fit_ends_nobody(divisible: Path, tmp_path: Path) -> None:
     assert run_ranks(2, refuse, divisible, TENSOR, tmp_path) == [0, 0]
     alone = TorchSession.of(Checkpoint.open(divisible))
     assert json.loads((tmp_path / "answer.json").read_text()) == told(alone, [7, 8, 9], 0, TOKENS)
-
-
-def die(path: Path, ranks: int, victim: int, out: Path) -> None:
-    """In the middle of a step that is replayed, one is killed; what all say goes to `out`."""
-    rank = int(os.environ["RANK"])
-    os.dup2(os.open(out / f"said-{rank}", os.O_CREAT | os.O_WRONLY), 2)
-
-    def last(tape: Tape) -> None:
-        middle = len(tape.operations) // 2
-        del tape.operations[middle:]
-        tape.replay()
-        (out / "killed").write_text(str(time.monotonic()))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    class Dying(TapeRecorder):
-        def __call__(self, work: Callable[[], object]) -> Callable[[], None]:
-            replay = super().__call__(work)
-            return lambda: last(self.tapes[-1]) if rank == victim and self.replayed == 5 else replay()
-
-    told(session_of(path, CPU, Dying(), sharing(ranks, BOTH)), [7, 8, 9], 3, 300)
 
 
 @pytest.mark.parametrize(("ranks", "victim"), [(2, 0), (4, 2)])

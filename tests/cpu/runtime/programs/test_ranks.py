@@ -13,7 +13,7 @@ from step35_trt.resources import NANO
 from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.session_program import ProgramSession
 from step35_trt.runtime.session_torch import TorchSession
-from tests.rank_stories import BOTH, EXPERT, NAMES, WAYS, answer, compare, tell
+from tests.rank_stories import BOTH, EXPERT, NAMES, WAYS, answer, compare, see_of, tell_of
 from tests.ranks import run_ranks, shareable, shared_bundle
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from step35_trt.runtime.programs.program_weights import ProgramWeights
 
+pytestmark = pytest.mark.early
+
 TOKENS = 6
 PROMPT = np.random.default_rng(0).integers(6, 96, 19).tolist()
 
@@ -30,23 +32,6 @@ PROMPT = np.random.default_rng(0).integers(6, 96, 19).tolist()
 @pytest.fixture(scope="module")
 def divisible(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shareable(tmp_path_factory.mktemp("shared") / "checkpoint")
-
-
-def lead(directory: Path, prompt: list[int], tokens: int, out: Path) -> None:
-    """A rank's whole life: the first one's answers go to `out`."""
-    session = open_bundle(directory)
-    assert isinstance(session, ProgramSession)
-    tell(session, prompt, tokens, out)
-
-
-def see(directory: Path, prompt: list[int], out: Path) -> None:
-    """A rank's life with nothing but given tokens."""
-    session = open_bundle(directory)
-    assert isinstance(session, ProgramSession)
-    seen = evaluate(session, np.array(prompt))
-    np.savez(out / "seen.npz", logits=seen.logits, mtp=seen.mtp_logits)
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
 
 
 def alone(checkpoint: Path, prompt: list[int], out: Path) -> Path:
@@ -65,14 +50,14 @@ def test_ranks_say_what_one_says(
     divisible: Path, expected: Path, tmp_path: Path, ranks: int, ways: dict[str, str]
 ) -> None:
     bundle = shared_bundle(divisible, tmp_path / "bundle", ranks, **ways)
-    assert run_ranks(ranks, lead, bundle, PROMPT, TOKENS, tmp_path) == [0] * ranks
+    assert run_ranks(ranks, tell_of, bundle, PROMPT, TOKENS, tmp_path) == [0] * ranks
     compare(expected, tmp_path, TOKENS)
 
 
 def test_nano(tmp_path: Path) -> None:
     bundle = shared_bundle(NANO, tmp_path / "bundle", 2, **BOTH)
     prompt = np.random.default_rng(0).integers(6, 1000, 12).tolist()
-    assert run_ranks(2, lead, bundle, prompt, TOKENS, tmp_path) == [0, 0]
+    assert run_ranks(2, tell_of, bundle, prompt, TOKENS, tmp_path) == [0, 0]
     compare(alone(NANO, prompt, tmp_path / "alone"), tmp_path, TOKENS)
 
 
@@ -84,7 +69,7 @@ def test_ranks_in_bf16(tmp_path: Path) -> None:
     exact = TorchSession(alone.config, Widened(alone.runner.executor.weights))
     want, truth = (evaluate(session, np.array(prompt)) for session in (alone, exact))
     bundle = shared_bundle(NANO, tmp_path / "bundle", 2, "int4-awq", 200, **EXPERT)
-    assert run_ranks(2, see, bundle, prompt, tmp_path) == [0, 0]
+    assert run_ranks(2, see_of, bundle, prompt, tmp_path) == [0, 0]
     got = np.load(tmp_path / "seen.npz")
     for name, one, right in (
         ("logits", want.logits, truth.logits),

@@ -17,7 +17,7 @@ from step35_trt.runtime.load import load_text
 from step35_trt.runtime.session_torch import TorchSession
 from tests.batches import line, read, write
 from tests.rank_stories import BOTH
-from tests.ranks import COMMAND, places, shared_bundle, start
+from tests.ranks import Started, places, shared_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,12 +29,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_bundle(NANO, tmp_path_factory.mktemp("pair") / "bundle", 2, **BOTH)
 
 
-def together(*words: object) -> str:
+def together(said: Path, *words: object) -> str:
     """What the first of two processes prints; the other prints nothing."""
-    started = [start([*COMMAND, *map(str, words)], place) for place in places(2)]
-    (out, err), (others_out, others_err) = (process.communicate(timeout=240) for process in started)
-    assert [process.returncode for process in started] == [0, 0], err + others_err
-    assert (others_out, others_err) == ("", "")
+    (code, out, err), other = (one.end(240) for one in [Started(words, place, said) for place in places(2)])
+    assert (code, other) == (0, (0, "", "")), err
     return out
 
 
@@ -47,7 +45,7 @@ def test_batch(pair: Path, tmp_path: Path) -> None:
     fields = {"max_tokens": 6, "temperature": 0}
     lines = [line(str(n), body={"prompt": prompt} | fields) for n, prompt in enumerate(prompts)]
     requests = write(tmp_path / "in.jsonl", *lines)
-    figures = json.loads(together("batch", pair, requests, "-o", tmp_path / "out.jsonl", "--json"))
+    figures = json.loads(together(tmp_path, "batch", pair, requests, "-o", tmp_path / "out.jsonl", "--json"))
     assert (figures["answered"], figures["errors"]) == (3, 0)
     text = load_text(pair, required=True)
     assert text is not None
@@ -55,14 +53,16 @@ def test_batch(pair: Path, tmp_path: Path) -> None:
     assert answers(tmp_path / "out.jsonl") == answers(tmp_path / "alone.jsonl")
 
 
-def test_bench(pair: Path) -> None:
+def test_bench(pair: Path, tmp_path: Path) -> None:
     words = ["--input-tokens", 9, "--output-tokens", 6, "--concurrency", "1,3", "--requests", 3, "--json"]
-    runs = json.loads(together("bench", pair, *words))["runs"]
+    runs = json.loads(together(tmp_path, "bench", pair, *words))["runs"]
     assert [(run["requests"], run["output_tokens"]) for run in runs] == [(3, 18), (3, 18)]
 
 
-def test_verify(pair: Path) -> None:
-    report = json.loads(together("verify", pair, "--reference", "nano", "--ids", "7,8,9,10,11", "--json"))
+def test_verify(pair: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        together(tmp_path, "verify", pair, "--reference", "nano", "--ids", "7,8,9,10,11", "--json")
+    )
     assert report["tokens"] == 5
 
 

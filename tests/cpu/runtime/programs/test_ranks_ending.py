@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,13 +20,10 @@ from step35_trt.resources import NANO
 from step35_trt.runtime.load import open_bundle
 from step35_trt.runtime.programs import ranks
 from tests.rank_stories import BOTH
-from tests.ranks import COMMAND, places, shared_bundle, start
+from tests.ranks import Started, places, shared_bundle
 
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Iterator
+pytestmark = pytest.mark.early
 
-RUN = [*COMMAND, "generate"]
 LONG = ["--prompt-ids", "7,8,9", "--max-tokens", "100000", "--json"]
 
 
@@ -36,17 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_bundle(NANO, tmp_path_factory.mktemp("pair") / "bundle", 2, **BOTH)
 
 
-@pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes of a test, none of which outlives it."""
-    processes: list[subprocess.Popen[str]] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def in_the_middle(bundle: Path, *processes: int) -> bool:
+def in_the_middle(*processes: int | None) -> bool:
     """Whether processes have read what lies at the end of every step: the head."""
     return all("lm_head.rank" in Path(f"/proc/{p}/maps").read_text() for p in processes)
 
@@ -60,34 +47,38 @@ def wait_for(condition: object, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_other(pair: Path, started: list[subprocess.Popen[str]], victim: int) -> None:
-    started += [start([*RUN, str(pair), *LONG], place) for place in places(2)]
-    wait_for(lambda: in_the_middle(pair, *(p.pid for p in started)), 120)
-    started[victim].send_signal(signal.SIGKILL)
+def test_a_killed_rank_ends_the_other(pair: Path, tmp_path: Path, victim: int) -> None:
+    started = [Started(["generate", pair, *LONG], place, tmp_path) for place in places(2)]
+    wait_for(lambda: in_the_middle(*(one.process.pid for one in started)), 120)
+    started[victim].process.kill()
     killed = time.monotonic()
-    out, err = started[1 - victim].communicate(timeout=30)
+    code, out, err = started[1 - victim].end(30)
     assert time.monotonic() - killed < 10
-    assert started[1 - victim].returncode == 1
-    assert out == ""
+    assert (code, out) == (1, "")
     assert err.splitlines()[0] == f"error: rank {victim} of 2 has ended, and the others end with it"
     assert len(err.splitlines()) == 2  # the sentence and its hint
 
 
-def test_torchrun(pair: Path, started: list[subprocess.Popen[str]]) -> None:
+def test_torchrun(pair: Path) -> None:
     """Two processes answer once and leave nothing; killed in the middle, one of them ends all."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # It looks after its processes now and then, and ends all where one is gone: they are to notice before.
-    torchrun += ["--monitor-interval", "1"]
-    started.append(start([*torchrun, *RUN[1:], str(pair), *LONG], {}))
-    agent = started[0].pid
+    torchrun += ["--monitor-interval", "1", "-m", "step35_trt", "generate", str(pair), *LONG]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    pipe = subprocess.PIPE
+    started = subprocess.Popen(torchrun, env=environment, stdout=pipe, stderr=pipe, text=True)
+    agent = started.pid
 
     def workers() -> list[int]:
         return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
-    wait_for(lambda: len(workers()) == 2 and in_the_middle(pair, *workers()), 180)
-    os.kill(workers()[1], signal.SIGKILL)
-    killed = time.monotonic()
-    out, err = started[0].communicate(timeout=60)
+    try:
+        wait_for(lambda: len(workers()) == 2 and in_the_middle(*workers()), 180)
+        os.kill(workers()[1], signal.SIGKILL)
+        killed = time.monotonic()
+        out, err = started.communicate(timeout=60)
+    finally:
+        started.kill()
     assert time.monotonic() - killed < 20  # torchrun's own report included
     assert out == ""
     assert err.count("error: ") == 1
