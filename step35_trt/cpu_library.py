@@ -102,21 +102,28 @@ def _compile(library: Library, folder: Path, target: str) -> Path:
     objects = [str(folder / name.replace("/", "-").replace(".c", ".o")) for name in names]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         jobs = [
-            pool.submit(_zig, [*COMPILE, "-target", target, "-c", name, "-o", made], root)
+            pool.submit(_zig, [*COMPILE, "-target", target, "-c", name, "-o", made], folder)
             for name, made in zip(names, objects, strict=True)
         ]
         for job in jobs:
             job.result()
     made = folder / "library.so"
-    _zig([*LINK, "-target", target, *objects, "-lm", "-o", str(made)], root)
+    _zig([*LINK, "-target", target, *objects, "-lm", "-o", str(made)], folder)
     return made
 
 
 def _zig(arguments: list[str], folder: Path) -> None:
-    cache = str(cache_folder() / "zig")
-    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+    """What the compiler makes of its own, parts of a C library, it keeps; what it makes of ours, we do."""
+    caches = {"ZIG_GLOBAL_CACHE_DIR": cache_folder() / "zig", "ZIG_LOCAL_CACHE_DIR": folder / "zig"}
     command = [sys.executable, "-m", "ziglang", "cc", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=DATA / "plugins",
+        env=os.environ | {name: str(path) for name, path in caches.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise Step35Error(

@@ -7,6 +7,7 @@ import pytest
 
 from step35_trt import cpu_library
 from step35_trt.errors import Step35Error, UnsupportedError
+from step35_trt.resources import cache_folder
 
 
 def test_a_second_time_it_comes_from_the_cache(library, tmp_path, monkeypatch):
@@ -55,9 +56,13 @@ def test_a_missing_compiler_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_the_same_bytes_every_time(library, tmp_path):
-    """From nothing, with a cache of its own: what a bundle holds does not depend on where it was built."""
+    """Compiled anew, with the compiler's own parts as they are: a bundle depends on no place."""
     code = "import sys; from pathlib import Path; from step35_trt.cpu_library import compile_library as c;"
     code += "c(Path(sys.argv[1]))"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    cache = tmp_path / "cache" / cache_folder().name
+    cache.mkdir(parents=True)
+    (cache / "zig").symlink_to(cache_folder() / "zig")
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache.parent)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "new.so")], env=environment, check=True)
+    assert len(list(cache.glob("*.so"))) == 1  # it was compiled
     assert (tmp_path / "new.so").read_bytes() == library.read_bytes()
