@@ -26,7 +26,7 @@ demo: .venv/core ## build nano for the CPU in int4 and complete a prompt, drafti
 	$(BIN)/step35-trt generate build/nano-cpu-int4 --prompt "def read(self, size=-1):" --max-tokens 64
 
 test: .venv/dev .venv/server/ready ## the whole suite, on every core, a file's fixtures made once
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev ## lint and types
 	$(BIN)/ruff check .

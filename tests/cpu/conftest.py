@@ -51,6 +51,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.hookimpl(trylast=True)  # after the order was drawn
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long go first."""
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreted_faster() -> Iterator[None]:
     """Where tests that were collected interpret kernels."""

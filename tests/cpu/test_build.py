@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.early
+
 SPEC = EngineSpec.load("cpu-int4")
 
 

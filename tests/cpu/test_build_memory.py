@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
 from tests.cpu.test_sealed import quantised
@@ -13,6 +15,8 @@ from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.early
 
 # VmHWM is the peak of this program alone; compilers of kernels are processes of their own. What libraries
 # take when they are first used is not the model's: a segment is compiled before the base is read.

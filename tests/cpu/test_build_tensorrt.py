@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from step35_trt.kernels.targets import GpuTarget
     from step35_trt.kernels.variant import KernelVariant
 
+pytestmark = pytest.mark.early
+
 SPARK = EngineSpec.load("dgx-spark-int4")
 # The engine's precisions, rounded to nearest: calibrating takes minutes.
 ROUNDED = Recipe.load(SPARK.recipe).model_copy(update={"calibration": None})

@@ -20,6 +20,8 @@ from step35_trt.resources import NANO
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.early
+
 PROGRAM = [sys.executable, "-m", "step35_trt"]
 
 

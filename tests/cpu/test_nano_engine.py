@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from step35_trt.runtime.session import Session
 
+pytestmark = pytest.mark.early
+
 PROMPTS, TOKENS = 8, 128  # benchmarks/lossless.py has 200
 
 

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from step35_trt.evaluate import Evaluation
     from step35_trt.runtime.session import Session
 
+pytestmark = pytest.mark.early
+
 LENGTH = 60  # more than seven windows of the small geometry
 
 

@@ -19,6 +19,8 @@ from tests.cpu.kernels import toys
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.early
+
 HOPPER, SPARK = TARGETS["sm_90"], TARGETS["sm_121"]
 SOME = [toys.SCALE, toys.PRODUCT, replace(toys.SCALE, name="half", constants={"BLOCK": 512, "DOUBLE": False})]
 

@@ -20,6 +20,8 @@ from tests.cpu.test_config import published
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.early
+
 
 def test_every_kind_compiles_and_passes(cached: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each function in each coding, in its largest tiling; `step35-trt kernels` does the same for all."""

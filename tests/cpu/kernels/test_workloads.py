@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import kernels
 from step35_trt.kernels.checks import check
 from step35_trt.kernels.workloads import Workload, small, workloads
 
@@ -62,23 +59,10 @@ def test_the_workloads_are_those_the_figures_are_quoted_for() -> None:
 
 
 @pytest.mark.parametrize("only", ["full, fp8, 1 x 1", "experts int4, 1 tokens"])
-def test_smoke(only: str) -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "benchmarks.kernels",
-        "--smoke",
-        "--json",
-        "--only",
-        only,
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
-    assert done.returncode == 0, done.stderr
-    [result] = json.loads(done.stdout)["results"]
+def test_smoke(only: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["kernels", "--smoke", "--json", "--only", only])
+    kernels.main()
+    [result] = json.loads(capsys.readouterr().out)["results"]
     assert 0 < result["error"] < result["tolerance"]
     assert result["repeats"]
     assert result["independent"]

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from benchmarks.calibrate_layer import two_layers, write_slice
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.early
 
 SCRIPT = """
 import json, resource, sys

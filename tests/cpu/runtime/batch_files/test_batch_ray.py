@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from step35_trt.runtime.batch_files.batch import BatchSummary
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for workers in /proc")
-LOCAL = RayOptions("local", workers=2, draft_tokens=0)
+pytestmark = [
+    pytest.mark.early,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for workers in /proc"),
+]
+PAIR = RayOptions("local", workers=2, draft_tokens=0)
+ONE = RayOptions("local", workers=1, draft_tokens=0)
 REQUESTS = 5_000
 
 
@@ -83,7 +87,7 @@ def test_a_killed_worker_costs_no_answer_and_doubles_none(bundle: Path, tmp_path
             killed.extend(workers()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    summary = run_batch_ray(bundle, source, tmp_path / "out", LOCAL, progress=kill_in_the_middle)
+    summary = run_batch_ray(bundle, source, tmp_path / "out", PAIR, progress=kill_in_the_middle)
     assert killed
     assert (summary.lines, summary.answered, summary.errors) == (REQUESTS, REQUESTS, 0)
     assert ids(tmp_path / "out") == [f"request-{i}" for i in range(REQUESTS)]
@@ -104,7 +108,7 @@ def test_either_goes_on_where_the_other_has_stopped(bundle: Path, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_batch_ray(bundle, source, out, LOCAL, progress=stop)
+        run_batch_ray(bundle, source, out, ONE, progress=stop)
     assert not out.exists()
     text = load_text(bundle, required=True)
     assert text is not None
@@ -117,7 +121,7 @@ def test_a_line_that_is_off_is_its_own_fault(bundle: Path, tmp_path: Path) -> No
     good = {"body": {"prompt": [5, 7], "max_tokens": 1}}
     lines = [{"custom_id": "a", **good}, {"custom_id": "a", **good}, {"custom_id": "b", "body": {}}]
     (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)) + "\nno json\n")
-    summary = run_batch_ray(bundle, tmp_path / "in", tmp_path / "out", LOCAL)
+    summary = run_batch_ray(bundle, tmp_path / "in", tmp_path / "out", ONE)
     assert (summary.answered, summary.errors) == (1, 3)
     errors = [json.loads(line)["error"] for line in (tmp_path / "out").read_text().splitlines()]
     assert errors[0] is None
@@ -127,7 +131,7 @@ def test_a_line_that_is_off_is_its_own_fault(bundle: Path, tmp_path: Path) -> No
 def test_what_cannot_work_is_said_at_once(bundle: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in", 3)
     with pytest.raises(Step35Error, match="cannot load"):
-        run_batch_ray(tmp_path / "nothing", source, tmp_path / "out", LOCAL)
+        run_batch_ray(tmp_path / "nothing", source, tmp_path / "out", ONE)
     with pytest.raises(UsageError, match="worker"):
         run_batch_ray(bundle, source, tmp_path / "out", RayOptions("local", workers=0))
 
@@ -143,11 +147,11 @@ def test_lines_wait_on_disk_and_not_in_memory(bundle: Path, tmp_path: Path) -> N
             taken += 1
             yield Line(number + 1, body)
 
-    with batch_ray.spread(bundle, LOCAL) as answering:
+    with batch_ray.spread(bundle, ONE) as answering:
         answers = answering(lines())
         next(answers)
         time.sleep(1)
-        assert taken <= batch_ray.PORTION_LINES * batch_ray.WINDOW * LOCAL.workers
+        assert taken <= batch_ray.PORTION_LINES * batch_ray.WINDOW * ONE.workers
 
 
 def test_seen_ids_are_exact_and_small() -> None:

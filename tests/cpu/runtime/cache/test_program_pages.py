@@ -114,7 +114,7 @@ def room(sequences: int) -> Extent:
 
 
 @pytest.mark.parametrize("geometry", list(GEOMETRIES))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_interleaving_gives_each_sequence_what_it_gets_alone(
     models: dict[str, Any], geometry: str, data: st.DataObject

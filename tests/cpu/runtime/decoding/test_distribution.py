@@ -15,6 +15,8 @@ from step35_trt.runtime.decoding.sampling import SamplingParams, probabilities
 from tests.cpu.runtime.decoding.test_sampling import always_accept, redraw_from_target
 from tests.cpu.runtime.fakes import FakeModel, FakeSession, chi_square, exact_probabilities
 
+pytestmark = pytest.mark.early
+
 VARIANTS = {
     "temperature": SamplingParams(temperature=1.3, seed=1),
     "top-p": SamplingParams(temperature=1.6, top_p=0.9, seed=2),
@@ -72,19 +74,19 @@ def p_value(draft_tokens: Any, params: SamplingParams, count: int) -> tuple[floa
 def test_sampled_output_has_the_exact_distribution_whatever_is_drafted(
     draft_tokens: Any, variant: str
 ) -> None:
-    value, stats = p_value(draft_tokens, VARIANTS[variant], 25_000 if draft_tokens in (1, 2, 3) else 10_000)
+    value, stats = p_value(draft_tokens, VARIANTS[variant], 25_000 if draft_tokens in (1, 2, 3) else 5_000)
     assert value > 1e-4
     if draft_tokens == "auto":
-        assert 400 < stats.drafted[1] < stats.drafted[0] - 40  # more than one depth was in use
+        assert 200 < stats.drafted[1] < stats.drafted[0] - 20  # more than one depth was in use
     elif draft_tokens:
         assert all(0.2 < share < 0.99 for share in stats.acceptance[:draft_tokens])
 
 
 @pytest.mark.usefixtures("remembered")
-@pytest.mark.parametrize("wrong", [always_accept, redraw_from_target])
+@pytest.mark.parametrize(("wrong", "draws"), [(always_accept, 5_000), (redraw_from_target, 10_000)])
 @pytest.mark.parametrize("draft_tokens", [1, 3, "auto"])
 def test_a_wrong_verifier_shows_in_the_distribution(
-    wrong: Any, draft_tokens: Any, monkeypatch: pytest.MonkeyPatch
+    wrong: Any, draws: int, draft_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounds, "verify", wrong)
-    assert p_value(draft_tokens, VARIANTS["temperature"], 10_000)[0] < 1e-4
+    assert p_value(draft_tokens, VARIANTS["temperature"], draws)[0] < 1e-4

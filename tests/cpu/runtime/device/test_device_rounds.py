@@ -46,6 +46,8 @@ from tests.tape import TapeRecorder
 if TYPE_CHECKING:
     from step35_trt.runtime.device.recording import Recorder
 
+pytestmark = pytest.mark.early
+
 CPU, GREEDY = torch.device("cpu"), SamplingParams()
 NONE = np.empty(0, np.int64)
 PAGE = 16

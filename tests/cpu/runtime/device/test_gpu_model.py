@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import gpu_model
 
+pytestmark = pytest.mark.early
+
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
     gpu_model.main([*arguments, "--device", "cpu"])
