@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -67,6 +68,8 @@ def in_child(work: Callable[[], object]) -> int:
     if child == 0:
         try:
             work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(7)
     return os.waitpid(child, 0)[1]
@@ -424,21 +427,26 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 base = status("VmRSS")
-build(Path(sys.argv[1]), Path(sys.argv[2]), EngineSpec.load(sys.argv[3]))
-print(status("VmHWM") - base)
+for source in map(Path, sys.argv[3:]):
+    build(source, Path(sys.argv[2]) / source.name, EngineSpec.load(sys.argv[1]))
+    print(status("VmHWM") - base)
 """
 
 
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same model with five layers and with nine."""
+    sizes = {"hidden_size": 512, "moe_num_experts": 16, "moe_intermediate_size": 512}
+    root = tmp_path_factory.mktemp("growing")
+    return [write_checkpoint(root / str(layers), raw_config(layers=layers, **sizes)) for layers in (5, 9)]
+
+
 @pytest.mark.parametrize("engine", ["cpu-int4", "cpu-fp32"])
-def test_memory_does_not_grow_with_layers(tmp_path: Path, engine: str) -> None:
+def test_memory_does_not_grow_with_layers(growing: list[Path], tmp_path: Path, engine: str) -> None:
     """The build streams: twice the layers, the same peak, and less than the checkpoint."""
-    peaks = []
-    for layers in (5, 9):
-        raw = raw_config(layers=layers, hidden_size=512, moe_num_experts=16, moe_intermediate_size=512)
-        checkpoint = write_checkpoint(tmp_path / f"c{layers}", raw)
-        command = [sys.executable, "-c", MEMORY_BUDGET, checkpoint, tmp_path / f"b{layers}", engine]
-        peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-        size = Checkpoint.open(checkpoint).nbytes
+    command = [sys.executable, "-c", MEMORY_BUDGET, engine, tmp_path, *growing]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    peaks, size = [int(line) for line in done.stdout.split()], Checkpoint.open(growing[1]).nbytes
     assert size > 160e6
     assert max(peaks) < size
     assert peaks[1] < peaks[0] + 40e6  # four layers more are 100 MB more of checkpoint

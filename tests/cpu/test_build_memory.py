@@ -36,21 +36,22 @@ def status(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 build_tensorrt.compile_kernels = uncompiled
-source, spec = Path(sys.argv[1]), EngineSpec.load(sys.argv[3])
+spec, sources = EngineSpec.load(sys.argv[1]), [Path(name) for name in sys.argv[3:]]
 if spec.target == "tensorrt-rtx":
     from step35_trt.deployment import Deployment
     from step35_trt.dialects.tensorrt_segment import Builder
-    made = Deployment.of(Checkpoint.open(source).config, Recipe.load(spec.recipe), spec)
+    made = Deployment.of(Checkpoint.open(sources[0]).config, Recipe.load(spec.recipe), spec)
     compile_segment(made, next(iter(made.programs.segments)), Builder.rtx())
 base = status("VmRSS")
-build(source, Path(sys.argv[2]), spec)
-print(status("VmHWM") - base)
+for source in sources:
+    build(source, Path(sys.argv[2]) / source.name, spec)
+    print(status("VmHWM") - base)
 """
 
 
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     """Six times the experts, the same peak."""
-    spec, peaks = EngineSpec.load("dgx-spark-int4"), []
+    spec, sources = EngineSpec.load("dgx-spark-int4"), []
     for layers in (4, 9):
         raw = raw_config(
             layers=layers,
@@ -65,17 +66,10 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
             intermediate_size=512,
         )
         plain = write_checkpoint(tmp_path / f"plain{layers}", raw)
-        source = quantised(plain, tmp_path / f"made{layers}", spec)
-        command: list[str | Path] = [
-            sys.executable,
-            "-c",
-            MEMORY,
-            source.directory,
-            tmp_path / f"b{layers}",
-            spec.name,
-        ]
-        peaks.append(int(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
-        size = Checkpoint.open(source.directory).nbytes
+        sources.append(quantised(plain, tmp_path / f"made{layers}", spec).directory)
+    command = [sys.executable, "-c", MEMORY, spec.name, tmp_path / "bundles", *sources]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    peaks, size = [int(line) for line in done.stdout.split()], Checkpoint.open(sources[1]).nbytes
     assert size > 60e6
     assert max(peaks) < 180e6
     assert peaks[1] < peaks[0] + 25e6  # five layers more are 47 MB

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.early
 
-PROMPTS, TOKENS = 8, 128  # benchmarks/lossless.py has 200
+PROMPTS, TOKENS = 20, 128  # benchmarks/lossless.py has 200
 
 
 @pytest.fixture(scope="module")

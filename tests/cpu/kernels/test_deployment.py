@@ -80,7 +80,7 @@ def test_dense_algebra_is_what_segments_say() -> None:
     assert both == deployment(config, TARGETS["sm_90"]) + variants
 
 
-# What is tightest on GPUs with tensor memory, or with little shared memory, and its tactics.
+# What is tightest on GPUs with little shared memory, and its tactics.
 TIGHTEST = (
     "decode-window512-96x8x128-bf16",
     "prefill-full-64x8x128-bf16",
@@ -90,9 +90,8 @@ TIGHTEST = (
 
 
 @pytest.mark.usefixtures("cached")
-@pytest.mark.parametrize(("name", "product"), [("sm_121", "mma"), ("sm_100", "tcgen05")])
-def test_the_tightest_compile_for_other_gpus(name: str, product: str) -> None:
-    target = TARGETS[name]
+def test_the_tightest_compile_for_spark() -> None:
+    target = TARGETS["sm_121"]
     variants = [
         variant
         for variant in deployment(Step35Config.load(PUBLISHED), target)
@@ -101,7 +100,7 @@ def test_the_tightest_compile_for_other_gpus(name: str, product: str) -> None:
     assert len(variants) == len(TIGHTEST)
     for item in map(report, compile_kernels(variants, target)):
         assert not item.failures, item.kernel
-        assert product in item.instructions
+        assert "mma" in item.instructions
 
 
 def test_the_published_geometry_is_the_specification() -> None:
