@@ -144,7 +144,8 @@ class Checkpoint:
     def stored(self, name: str) -> NDArray[np.generic]:
         """A tensor as stored: a read-only view of the file, unmapped when the array dies."""
         tensor = self.tensors[name]
-        return np.memmap(tensor.file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+        file = str(tensor.file)  # of a Path numpy would look up every link, for each tensor
+        return np.memmap(file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
 
     def codes(
         self, name: str, rows: slice, bits: int, block: int

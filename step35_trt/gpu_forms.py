@@ -63,11 +63,12 @@ def deployed_forms(recipe: Recipe, config: Step35Config) -> tuple[Forms, dict[st
             names = [f"{prefix}.{part}.weight" for part in EXPERT_PROJECTIONS]
             experts[prefix] = expert_format([recipe.coding(name, shapes[name]) for name in names])
 
+    base = Forms.of(recipe, shapes)
+
     def coding(name: str) -> Coding:
         plain = len(shapes[name]) == 3 and experts[experts_of(name)] == "bf16"
-        return Coding("bf16") if plain else recipe.coding(name, shapes[name])
+        return Coding("bf16") if plain else base.coding(name)
 
-    base = Forms.of(recipe, shapes)
     return replace(base, coding=coding), experts
 
 

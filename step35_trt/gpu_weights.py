@@ -108,7 +108,7 @@ class GpuWeights:
         for name, shape in own.shapes.items():
             for rank in (None,) if self.sharing.axis(name) is None else ranks:
                 if len(shape) == 3:
-                    self._place_experts(name, shape, rank)
+                    self._place_experts(name, own, rank)
                 else:
                     self._place_dense(name, own(name), rank)
 
@@ -125,10 +125,10 @@ class GpuWeights:
 
         self._place(name, rank, *_tensors(form), pack, parts)
 
-    def _place_experts(self, name: str, shape: tuple[int, ...], rank: int | None) -> None:
-        kind, (count, n, k) = self.experts.get(experts_of(name)), shape
+    def _place_experts(self, name: str, own: Forms, rank: int | None) -> None:
+        kind, (count, n, k) = self.experts.get(experts_of(name)), own.shapes[name]
         if kind is None:
-            (dtype, values), (scale_dtype, scales) = _tensors(self.sharing.share(self.forms)(name))
+            (dtype, values), (scale_dtype, scales) = _tensors(own(name))
         else:
             values, scales = plugin.load("sparse_moe", "pack").shapes(kind, n, k)
             types = {"bf16": ("bfloat16", ""), "int4": ("int16", "int32")}
@@ -228,7 +228,8 @@ class StoredWeights:
         """A tensor, read-only, of the file itself."""
         place = self.places[name]
         dtype = NUMPY.get(place.dtype, np.dtype(place.dtype))
-        return np.memmap(self.directory / place.file, dtype, "r", place.offset, place.shape)
+        file = str(self.directory / place.file)  # of a Path numpy would look up every link, for each tensor
+        return np.memmap(file, dtype, "r", place.offset, place.shape)
 
 
 def _tensors(form: WeightForm) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:

@@ -15,6 +15,9 @@ R = TypeVar("R")
 
 def in_order(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
     """`map` on threads, holding no more results than threads; work should release the interpreter."""
+    if len(items) == 1:  # nothing to do ahead
+        yield work(items[0])
+        return
     with ThreadPoolExecutor(threads) as pool:
         ahead = deque(pool.submit(work, item) for item in items[:threads])
         try:

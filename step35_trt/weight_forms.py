@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import ml_dtypes
@@ -103,7 +104,7 @@ class Forms:
     def of(cls, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> Forms:
         """The forms of a recipe."""
         activation: Activation = "float32" if recipe.activations == "fp32" else "bfloat16"
-        return cls(shapes, lambda name: recipe.coding(name, shapes[name]), activation)
+        return cls(shapes, cache(lambda name: recipe.coding(name, shapes[name])), activation)
 
     def __call__(self, name: str) -> WeightForm:
         """The form of a vector, a matrix, or of one expert's matrix where experts are stacked.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,11 @@ class FormedWeights:
 
         return cls(read, forms, sharing, rank)
 
+    @cached_property
+    def _own(self) -> Forms:
+        """Of what this rank holds."""
+        return self.sharing.share(self.forms)
+
     def tensor(self, name: str) -> torch.Tensor:
         """See `dialects.torch.Weights`."""
         return self._decode(name, None)
@@ -81,7 +87,7 @@ class FormedWeights:
 
     def _decode(self, name: str, expert: int | None) -> torch.Tensor:
         def decoded() -> torch.Tensor:
-            form = self.sharing.share(self.forms)(name)
+            form = self._own(name)
             experts = self.forms.shapes[name][0]
             dtype = NUMPY["float32" if form.dtype == "float32" else self.forms.activation]
             if expert is None or self.sharing.holds(name, expert, experts, self.rank):
