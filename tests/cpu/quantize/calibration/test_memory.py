@@ -30,7 +30,7 @@ def limited(checkpoint: Path, work: Path, more: int) -> None:
     budget = used + more
     resource.setrlimit(resource.RLIMIT_AS, (budget, budget))
     source = Checkpoint.open(checkpoint)
-    ids = np.random.default_rng(0).integers(0, source.config.vocab_size, (2, 32))
+    ids = np.random.default_rng(0).integers(0, source.config.vocab_size, (2, 8))
     recipe = Recipe.load("int4-awq")
     found = calibrate(source, recipe, ids, work, min_expert_tokens=2, max_host_memory=budget)
     (work / "errors.json").write_text(json.dumps({s.name: s.output_error for s in found.stages}))
