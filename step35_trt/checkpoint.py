@@ -16,6 +16,7 @@ from step35_trt.errors import CorruptInputError, UnsupportedError
 from step35_trt.quantize import formats
 from step35_trt.quantize.declared import Fp8Blocks
 from step35_trt.quantize.formats import DTYPES, Coding
+from step35_trt.weight_file import mapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,8 +145,7 @@ class Checkpoint:
     def stored(self, name: str) -> NDArray[np.generic]:
         """A tensor as stored: a read-only view of the file, unmapped when the array dies."""
         tensor = self.tensors[name]
-        file = str(tensor.file)  # of a Path numpy would look up every link, for each tensor
-        return np.memmap(file, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+        return mapped(tensor.file, DTYPES[tensor.dtype], tensor.offset, tensor.shape)
 
     def codes(
         self, name: str, rows: slice, bits: int, block: int

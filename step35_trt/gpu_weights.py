@@ -18,7 +18,7 @@ from step35_trt.kernels import plugin
 from step35_trt.parallel import in_order
 from step35_trt.program import WeightPlace
 from step35_trt.sharing import ALONE, Sharing
-from step35_trt.weight_file import WeightFile, file_name
+from step35_trt.weight_file import WeightFile, file_name, mapped
 from step35_trt.weight_forms import NUMPY, Forms, Packed, packed_weight
 
 if TYPE_CHECKING:
@@ -228,8 +228,7 @@ class StoredWeights:
         """A tensor, read-only, of the file itself."""
         place = self.places[name]
         dtype = NUMPY.get(place.dtype, np.dtype(place.dtype))
-        file = str(self.directory / place.file)  # of a Path numpy would look up every link, for each tensor
-        return np.memmap(file, dtype, "r", place.offset, place.shape)
+        return mapped(self.directory / place.file, dtype, place.offset, place.shape)
 
 
 def _tensors(form: WeightForm) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:

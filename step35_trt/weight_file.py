@@ -13,6 +13,8 @@ import numpy as np
 from step35_trt.errors import CorruptInputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 ALIGNMENT = 4096  # a page: a mapped tensor starts on its own
@@ -109,6 +111,14 @@ def file_name(weight: str) -> str:
     parts = weight.split(".")
     stem = f"layer-{int(parts[2]):02}" if parts[1] == "layers" else parts[0 if parts[0] == "lm_head" else 1]
     return f"weights/{stem}.safetensors"
+
+
+def mapped(
+    file: Path, dtype: np.dtype[np.generic], offset: int, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    """A tensor of a file, read-only; unmapped when the array dies."""
+    # Of a Path numpy would look up every link, each time.
+    return np.memmap(str(file), dtype, "r", offset, shape)
 
 
 def _finite(values: NDArray[np.generic]) -> bool:
