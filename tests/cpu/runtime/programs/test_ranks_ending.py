@@ -62,8 +62,8 @@ def test_a_killed_rank_ends_the_other(pair: Path, tmp_path: Path, victim: int) -
 def test_torchrun(pair: Path) -> None:
     """Two processes answer once and leave nothing; killed in the middle, one of them ends all."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # It looks after its processes now and then, and ends all where one is gone: they are to notice before.
-    torchrun += ["--monitor-interval", "1", "-m", "step35_trt", "generate", str(pair), *LONG]
+    # It looks after its processes this often, and ends all where one is gone: they are to notice before.
+    torchrun += ["--monitor-interval", "3", "-m", "step35_trt", "generate", str(pair), *LONG]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     pipe = subprocess.PIPE
     started = subprocess.Popen(torchrun, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -72,8 +72,14 @@ def test_torchrun(pair: Path) -> None:
     def workers() -> list[int]:
         return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
+    def woken() -> str:
+        status = Path(f"/proc/{agent}/task/{agent}/status").read_text()
+        return status[status.index("voluntary_ctxt_switches") :]
+
     try:
         wait_for(lambda: len(workers()) == 2 and in_the_middle(*workers()), 180)
+        before = woken()
+        wait_for(lambda: woken() != before, 20)  # it has looked, and rests
         os.kill(workers()[1], signal.SIGKILL)
         killed = time.monotonic()
         out, err = started.communicate(timeout=60)
