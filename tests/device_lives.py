@@ -17,7 +17,7 @@ from step35_trt.errors import DoesNotFitError
 from step35_trt.runtime.session import Call
 from step35_trt.runtime.session_cuda import open_cuda
 from tests.device_ranks import session_of, sharing
-from tests.rank_stories import BOTH, see, tell, told
+from tests.rank_stories import BOTH, see, send_home, tell, told
 from tests.tape import Tape, TapeRecorder
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def refuse(path: Path, ways: dict[str, Way], out: Path) -> None:
         session.decode(two)
     del two
     (out / "answer.json").write_text(json.dumps(told(session, [7, 8, 9], 3, TOKENS)))
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
+    send_home(session)
 
 
 def die(path: Path, ranks: int, victim: int, out: Path) -> None:

@@ -76,8 +76,7 @@ def answer(session: Session, prompt: list[int], tokens: int, out: Path) -> None:
 def tell(session: ProgramSession, prompt: list[int], tokens: int, out: Path) -> None:
     """The first process: `answer`, and send the others home."""
     answer(session, prompt, tokens, out)
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
+    send_home(session)
 
 
 def tell_of(bundle: Path, prompt: list[int], tokens: int, out: Path) -> None:
@@ -89,13 +88,18 @@ def see(session: ProgramSession, ids: list[int], out: Path) -> None:
     """The first process, with nothing but given tokens."""
     seen = evaluate(session, np.array(ids))
     np.savez(out / "seen.npz", logits=seen.logits, mtp=seen.mtp_logits)
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
+    send_home(session)
 
 
 def see_of(bundle: Path, ids: list[int], out: Path) -> None:
     """A rank's life with nothing but given tokens."""
     see(opened(bundle), ids, out)
+
+
+def send_home(session: ProgramSession) -> None:
+    """What the first process ends with: the others wait for its next order."""
+    assert session.runner.ranks is not None
+    session.runner.ranks.leave()
 
 
 def opened(bundle: Path) -> ProgramSession:

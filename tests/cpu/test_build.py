@@ -8,8 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 from typing import TYPE_CHECKING
 
@@ -33,6 +31,7 @@ from step35_trt.quantize.recipe import Recipe
 from step35_trt.runtime.load import open_bundle
 from step35_trt.weight_file import WeightFile
 from tests.bundles import edit_manifest
+from tests.process_memory import printed
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -415,16 +414,12 @@ def test_an_unfinished_bundle_says_how_to_go_on(tmp_path: Path) -> None:
     assert "interrupted" in _refused(tmp_path / "bundle", UsageError)
 
 
-# VmHWM is the peak of this program alone; ru_maxrss would include what the process was before exec.
 MEMORY_BUDGET = """
 import sys
 from pathlib import Path
 from step35_trt.build import build
 from step35_trt.engine import EngineSpec
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+from tests.process_memory import status
 
 base = status("VmRSS")
 for source in map(Path, sys.argv[3:]):
@@ -444,9 +439,8 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("engine", ["cpu-int4", "cpu-fp32"])
 def test_memory_does_not_grow_with_layers(growing: list[Path], tmp_path: Path, engine: str) -> None:
     """The build streams: twice the layers, the same peak, and less than the checkpoint."""
-    command = [sys.executable, "-c", MEMORY_BUDGET, engine, tmp_path, *growing]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    peaks, size = [int(line) for line in done.stdout.split()], Checkpoint.open(growing[1]).nbytes
+    peaks = printed(MEMORY_BUDGET, engine, tmp_path, *growing)
+    size = Checkpoint.open(growing[1]).nbytes
     assert size > 160e6
     assert max(peaks) < size
     assert peaks[1] < peaks[0] + 40e6  # four layers more are 100 MB more of checkpoint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
 from tests.cpu.test_sealed import quantised
+from tests.process_memory import printed
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.early
 
-# VmHWM is the peak of this program alone; compilers of kernels are processes of their own. What libraries
-# take when they are first used is not the model's: a segment is compiled before the base is read.
+# Compilers of kernels are processes of their own. What libraries take when they are first used is not the
+# model's: a segment is compiled before the base is read.
 MEMORY = """
 import sys
 from pathlib import Path
@@ -30,10 +29,7 @@ from step35_trt.checkpoint import Checkpoint
 from step35_trt.engine import EngineSpec
 from step35_trt.quantize.recipe import Recipe
 from tests.gpu_kernels import uncompiled
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+from tests.process_memory import status
 
 build_tensorrt.compile_kernels = uncompiled
 spec, sources = EngineSpec.load(sys.argv[1]), [Path(name) for name in sys.argv[3:]]
@@ -67,9 +63,8 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
         )
         plain = write_checkpoint(tmp_path / f"plain{layers}", raw)
         sources.append(quantised(plain, tmp_path / f"made{layers}", spec).directory)
-    command = [sys.executable, "-c", MEMORY, spec.name, tmp_path / "bundles", *sources]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    peaks, size = [int(line) for line in done.stdout.split()], Checkpoint.open(sources[1]).nbytes
+    peaks = printed(MEMORY, spec.name, tmp_path / "bundles", *sources)
+    size = Checkpoint.open(sources[1]).nbytes
     assert size > 60e6
     assert max(peaks) < 180e6
     assert peaks[1] < peaks[0] + 25e6  # five layers more are 47 MB

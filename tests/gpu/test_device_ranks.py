@@ -18,7 +18,7 @@ from step35_trt.resources import NANO  # noqa: E402 - after the skip
 from step35_trt.runtime.device.device_runner import DeviceRunner  # noqa: E402
 from step35_trt.runtime.placement import Placement  # noqa: E402
 from tests.device_ranks import session_of, sharing  # noqa: E402
-from tests.rank_stories import BOTH, EXPERT, TENSOR, told  # noqa: E402
+from tests.rank_stories import BOTH, EXPERT, TENSOR, send_home, told  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def lead(ways: dict[str, Way], out: Path) -> None:
     session = opened(ways)
     answers = [told(session, PROMPT, drafts, TOKENS) for drafts in (0, 3, 3)]
     (out / "answers.json").write_text(json.dumps(answers))
-    assert session.runner.ranks is not None
-    session.runner.ranks.leave()
+    send_home(session)
 
 
 @pytest.mark.parametrize("ways", [TENSOR, EXPERT, BOTH], ids=["tensor", "expert", "both"])

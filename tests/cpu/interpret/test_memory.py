@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +13,7 @@ from step35_trt.interpret.kept import Kept
 from step35_trt.interpret.ranks import RankedSession
 from step35_trt.interpret.verify import compare_steps
 from tests.forms import interpreted
+from tests.process_memory import printed
 from tests.synthetic import raw_config, write_checkpoint
 
 if TYPE_CHECKING:
@@ -63,16 +62,12 @@ def test_what_is_forgotten_is_read_again(checkpoint: Path, monkeypatch: pytest.M
     ]
 
 
-# VmHWM is the peak of this program alone; ru_maxrss would include what the process was before exec.
 PEAK = """
 import sys
 from pathlib import Path
 from step35_trt.interpret import weights
 from tests.cpu.interpret.test_memory import compared
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+from tests.process_memory import status
 
 weights.KEPT_BYTES = 8 << 20
 compared(Path(sys.argv[1]), 1)
@@ -90,9 +85,7 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     for layers in (5, 9):
         raw = raw_config(layers=layers, hidden_size=512, moe_num_experts=8, moe_intermediate_size=512)
         sources.append(write_checkpoint(tmp_path / f"c{layers}", raw))
-    command = [sys.executable, "-c", PEAK, small, *sources]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    peaks = [int(line) for line in done.stdout.split()]
+    peaks = printed(PEAK, small, *sources)
     sizes = [sum(path.stat().st_size for path in source.glob("*.safetensors")) for source in sources]
     assert sizes[1] > sizes[0] + 50e6
     assert peaks[1] < peaks[0] + 25e6

@@ -6,7 +6,7 @@ import ctypes
 import json
 import resource
 from importlib import import_module
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +16,10 @@ from step35_trt.checkpoint import Checkpoint
 from step35_trt.quantize.calibration import calibrate
 from step35_trt.quantize.recipe import Recipe
 from tests.cpu.test_build import in_child
+from tests.process_memory import status
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.early
 
@@ -27,8 +31,7 @@ def limited(checkpoint: Path, work: Path, more: int) -> None:
     allocator = ctypes.CDLL(None)
     allocator.mallopt(M_ARENA_MAX, 1)  # each reserves 64 MiB; how many there would be is a matter of luck
     allocator.mallopt(M_MMAP_THRESHOLD, 1 << 17)  # or large tensors go where older ones were
-    used = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) * 1024
-    budget = used + more
+    budget = status("VmSize") + more
     resource.setrlimit(resource.RLIMIT_AS, (budget, budget))
     source = Checkpoint.open(checkpoint)
     ids = np.random.default_rng(0).integers(0, source.config.vocab_size, (2, 8))
